@@ -1,0 +1,245 @@
+"""One typed tree of settings: defaults, then a TOML file, then RELOD_A__B, then --set a.b=c.
+
+A setting is written once, with type, bounds, unit and default; the command line, the file, the environment and
+`relod settings` all derive from it. The runtime's sections are here. The sections `task`, `robot`, `sim` and
+`agent` belong to the chosen task, robot and algorithm, which hand their types to `load`.
+
+Hardware (a robot's address, a camera) is not a setting: it is only ever named on the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import SettingsError, StartError
+
+__all__ = ["Section", "Settings", "describe", "load", "to_dict", "to_toml"]
+
+ENV_PREFIX = "RELOD_"
+
+
+class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section of settings: immutable, by keyword, unknown keys are errors."""
+
+
+class RunSettings(Section):
+    """What a run is."""
+
+    seed: Annotated[int, Meta(ge=0, description="of every random stream of the run")] = 0
+    steps: Annotated[int, Meta(ge=0, description="environment steps; 0 = no limit")] = 0
+    minutes: Annotated[float, Meta(ge=0, description="of experience time; 0 = no limit")] = 0.0
+    folder: Annotated[str, Meta(description="where run folders are made")] = "runs"
+    record: Annotated[bool, Meta(description="keep every input of the cycle, for `relod replay`")] = False
+    tensorboard: Annotated[bool, Meta(description="write TensorBoard events too (needs relod[tb])")] = False
+
+
+class SafetySettings(Section):
+    """When the robot stops by itself."""
+
+    command_timeout_ms: Annotated[float, Meta(gt=0, le=1000, description="age of a command at which the device process stops the robot")] = 200.0
+    max_sensor_age_ms: Annotated[float, Meta(gt=0, le=5000, description="age of the newest sensor packet at which the cycle commands a stop")] = 250.0
+    max_frame_age_ms: Annotated[float, Meta(gt=0, le=5000, description="age of the newest frame at which the cycle commands a stop")] = 500.0
+    stall_limit_s: Annotated[float, Meta(gt=0, description="how long sensors or camera may stay away before the run ends")] = 20.0
+    max_restarts: Annotated[int, Meta(ge=0, description="restarts of one child process before the run ends")] = 5
+
+
+class CameraSettings(Section):
+    """How a camera is read."""
+
+    fps: Annotated[float, Meta(gt=0, le=240, description="frames per second to ask for")] = 30.0
+    read_timeout_s: Annotated[float, Meta(gt=0, le=10, description="how long a read may take before the camera counts as stalled")] = 0.5
+    reopen_s: Annotated[float, Meta(gt=0, description="pause between attempts to open it again")] = 0.25
+    latency_ms: Annotated[float, Meta(ge=0, le=500, description="capture to arrival, for sources that do not stamp frames")] = 0.0
+
+
+class LearnerSettings(Section):
+    """How the update worker runs; the algorithm's own settings are in `agent`."""
+
+    device: Annotated[str, Meta(description="torch device of the worker, or auto")] = "auto"
+    threads: Annotated[int, Meta(ge=0, le=256, description="torch threads of the worker; 0 = one per core")] = 0
+    publish_every_s: Annotated[float, Meta(gt=0, description="least time between two published policies")] = 1.0
+    checkpoint_every_s: Annotated[float, Meta(gt=0, description="time between checkpoints")] = 60.0
+
+
+class ReplaySettings(Section):
+    """The transitions updates are drawn from."""
+
+    capacity: Annotated[int, Meta(ge=512, description="steps kept; the oldest are overwritten")] = 100_000
+
+
+class Settings(Section):
+    """All settings of a run. `task`, `robot`, `sim`, `agent` are Sections of the chosen rooms."""
+
+    run: RunSettings = RunSettings()
+    safety: SafetySettings = SafetySettings()
+    camera: CameraSettings = CameraSettings()
+    learner: LearnerSettings = LearnerSettings()
+    replay: ReplaySettings = ReplaySettings()
+    task: Any = Section()
+    robot: Any = Section()
+    sim: Any = Section()
+    agent: Any = Section()
+
+
+ROOM_SECTIONS = ("task", "robot", "sim", "agent")
+
+
+def load(
+    sections: Mapping[str, type[Section]],
+    *,
+    presets: Sequence[Mapping[str, Any]] = (),
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    assignments: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Resolve the settings; later sources win.
+
+    Args:
+        sections: types of the sections that belong to the rooms, by name.
+        presets: trees of values to start from, for example an algorithm's preset.
+        file: TOML file.
+        environment: variables; those named RELOD_A__B set a.b.
+        assignments: "a.b=value" texts.
+        overrides: dotted names to values, from the command line's own flags.
+
+    Raises:
+        SettingsError: unknown name, wrong type, value out of bounds.
+        StartError: the file cannot be read.
+    """
+    types = _section_types(sections)
+    tree: dict[str, dict[str, Any]] = {name: {} for name in types}
+    for preset in presets:
+        _merge(tree, preset, types, "the preset")
+    if file is not None:
+        _merge(tree, _read_toml(file), types, str(file))
+    for name, text in sorted((environment or {}).items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            _assign(tree, name[len(ENV_PREFIX) :].lower().replace("__", "."), text, types, f"environment {name}")
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r} has no '='", "write it as section.name=value")
+        _assign(tree, dotted.strip(), text.strip(), types, f"--set {assignment}")
+    for dotted, value in (overrides or {}).items():
+        _assign(tree, dotted, value, types, f"the option for {dotted}")
+    return Settings(**{name: _convert(name, types[name], tree[name]) for name in types})
+
+
+def _section_types(sections: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
+    hints = get_type_hints(Settings)
+    types = {name: hints[name] for name in Settings.__struct_fields__ if name not in ROOM_SECTIONS}
+    return {**types, **{name: sections.get(name, Section) for name in ROOM_SECTIONS}}
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise StartError(f"settings file {file}: {error.strerror}", "check the path given to --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings file {file} is not TOML: {error}") from error
+
+
+def _merge(
+    tree: dict[str, dict[str, Any]], values: Mapping[str, Any], types: Mapping[str, type[Section]], source: str
+) -> None:
+    for section, content in values.items():
+        if not isinstance(content, Mapping):
+            _assign(tree, section, content, types, source)
+            continue
+        for name, value in content.items():
+            _assign(tree, f"{section}.{name}", value, types, source)
+
+
+def _assign(
+    tree: dict[str, dict[str, Any]], dotted: str, value: Any, types: Mapping[str, type[Section]], source: str
+) -> None:
+    section, _, name = dotted.partition(".")
+    known = [f"{s}.{field}" for s, kind in types.items() for field in kind.__struct_fields__]
+    if section not in types or name not in types[section].__struct_fields__:
+        close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "`relod settings` lists all settings"
+        raise SettingsError(f"unknown setting {dotted!r} ({source})", hint)
+    tree[section][name] = value
+
+
+def _convert(section: str, kind: type[Section], values: dict[str, Any]) -> Section:
+    converted: dict[str, Any] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for name, value in values.items():
+        try:
+            converted[name] = msgspec.convert(_from_text(value, hints[name]), hints[name], strict=False)
+        except msgspec.ValidationError as error:
+            raise SettingsError(f"{section}.{name} = {value!r}: {error}", describe_field(section, name, kind)) from error
+    return kind(**converted)
+
+
+def _from_text(value: Any, hint: Any) -> Any:
+    """Lists and tables come from the command line and the environment as TOML; other texts convert by type."""
+    if isinstance(value, str) and value[:1] in "[{" and _bare_type(hint) is not str:
+        try:
+            return tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            return value
+    return value
+
+
+def _bare_type(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def describe_field(section: str, name: str, kind: type[Section]) -> str:
+    """Type, bounds and meaning of one setting, in a line."""
+    hint = get_type_hints(kind, include_extras=True)[name]
+    bare, metas = _bare_type(hint), [m for m in get_args(hint)[1:] if isinstance(m, Meta)]
+    if get_origin(bare) is Literal:
+        type_name = " | ".join(map(str, get_args(bare)))
+    else:
+        type_name = getattr(bare, "__name__", str(bare)) if not get_args(bare) else str(bare)
+    words = [type_name]
+    for meta in metas:
+        bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
+        words += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
+    text = next((m.description for m in metas if m.description), "")
+    return f"{section}.{name} is {', '.join(words)}" + (f": {text}" if text else "")
+
+
+def describe(sections: Mapping[str, type[Section]]) -> Iterator[tuple[str, Any, str]]:
+    """Every setting as (dotted name, default, description)."""
+    for section, kind in _section_types(sections).items():
+        defaults = kind()
+        for name in kind.__struct_fields__:
+            text = describe_field(section, name, kind).partition(" is ")[2]
+            yield f"{section}.{name}", getattr(defaults, name), text
+
+
+def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The settings as plain values."""
+    return msgspec.to_builtins(settings)  # type: ignore[no-any-return]
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as a TOML file that `load` reads back to the same values."""
+    lines: list[str] = []
+    for section, values in to_dict(settings).items():
+        if values:
+            lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode()
+    return repr(value)

@@ -1,0 +1,1 @@
+"""One room per robot; everything about it is in there."""

@@ -1,0 +1,1 @@
+"""The data path, in the order data takes; `modes.py` wires it."""

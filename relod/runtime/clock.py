@@ -1,0 +1,159 @@
+"""Time: the only module that reads a clock, and the ticker that keeps the control cycle on its grid.
+
+All stamps are `int` nanoseconds of one monotonic clock per host. `loop.time()` is never used: uvloop's is
+quantised to milliseconds and its timers fire up to 1 ms early, so deadlines wait on a timerfd, which the kernel
+wakes within its timer slack whatever the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import math
+import os
+import struct
+import time
+from typing import Protocol
+
+__all__ = [
+    "NS_PER_MS",
+    "NS_PER_S",
+    "Clock",
+    "DeadlineTimer",
+    "Ticker",
+    "VirtualClock",
+    "WallClock",
+    "monotonic_ns",
+    "sleep_until",
+    "utc_seconds",
+]
+
+NS_PER_S = 1_000_000_000
+NS_PER_MS = 1_000_000
+
+_TFD_NONBLOCK = 0o4000
+_TFD_CLOEXEC = 0o2000000
+_TFD_TIMER_ABSTIME = 1
+
+
+def monotonic_ns() -> int:
+    """Nanoseconds of this host's monotonic clock; comparable between processes of one host only."""
+    return time.monotonic_ns()
+
+
+def utc_seconds() -> float:
+    """Seconds since 1970, for names and records; never for control."""
+    return time.time()
+
+
+def cpu_seconds() -> float:
+    """Seconds of processor time this process has used."""
+    return time.process_time()
+
+
+def sleep_until(deadline_ns: int) -> None:
+    """Block this thread until the monotonic clock passes `deadline_ns`."""
+    while (left_ns := deadline_ns - time.monotonic_ns()) > 0:
+        time.sleep(left_ns / NS_PER_S)
+
+
+def sleep_s(duration_s: float) -> None:
+    """Block this thread for `duration_s` seconds."""
+    sleep_until(time.monotonic_ns() + int(duration_s * NS_PER_S))
+
+
+class Clock(Protocol):
+    """What code that must run on both the wall clock and virtual time may ask."""
+
+    def now_ns(self) -> int:
+        """The present, in nanoseconds."""
+        ...
+
+
+class WallClock:
+    """The host's monotonic clock."""
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+
+class VirtualClock:
+    """A clock that moves only when told to; starts at 1 s so that stamps before the start stay positive."""
+
+    def __init__(self, start_ns: int = NS_PER_S) -> None:
+        self._now_ns = start_ns
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def advance_to(self, now_ns: int) -> None:
+        """Move to `now_ns`; going back is a defect."""
+        if now_ns < self._now_ns:
+            raise ValueError(f"virtual time cannot go back from {self._now_ns} to {now_ns} ns")
+        self._now_ns = now_ns
+
+
+class DeadlineTimer:
+    """One absolute deadline on the monotonic clock, awaited on any asyncio loop (Linux timerfd)."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        fd = self._libc.timerfd_create(time.CLOCK_MONOTONIC, _TFD_NONBLOCK | _TFD_CLOEXEC)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create failed")
+        self._fd = int(fd)
+
+    async def wait_until(self, deadline_ns: int) -> None:
+        """Return as soon as the kernel wakes us at or after `deadline_ns`; at once if it has passed."""
+        if deadline_ns <= time.monotonic_ns():
+            return
+        spec = struct.pack("@llll", 0, 0, deadline_ns // NS_PER_S, deadline_ns % NS_PER_S)
+        if self._libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, spec, None) != 0:
+            raise OSError(ctypes.get_errno(), "timerfd_settime failed")
+        loop = asyncio.get_running_loop()
+        fired: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._fd, _resolve, fired)
+        try:
+            await fired
+        finally:
+            loop.remove_reader(self._fd)
+            try:
+                os.read(self._fd, 8)
+            except BlockingIOError:  # cancelled before it fired
+                pass
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class Ticker:
+    """Absolute deadlines on a grid. After an overrun it goes on at the next grid point and counts what it missed.
+
+    Pure: `next(now_ns)` says which deadline to wait for; waiting is the driver's business.
+    """
+
+    def __init__(self, period_ns: int, start_ns: int) -> None:
+        if period_ns <= 0:
+            raise ValueError(f"period must be positive, not {period_ns} ns")
+        self.period_ns = period_ns
+        self.start_ns = start_ns
+        self.overruns = 0  # calls that came after the deadline they should have waited for
+        self.skipped = 0  # grid points nobody served
+        self._next_index = 0
+
+    def next(self, now_ns: int) -> int:
+        """The next deadline in ns: one period after the last, or the next grid point if that has passed."""
+        deadline_ns = self.start_ns + self._next_index * self.period_ns
+        if now_ns > deadline_ns and self._next_index > 0:
+            behind = math.ceil((now_ns - deadline_ns) / self.period_ns)
+            self.overruns += 1
+            self.skipped += behind
+            self._next_index += behind
+            deadline_ns = self.start_ns + self._next_index * self.period_ns
+        self._next_index += 1
+        return deadline_ns
