@@ -29,7 +29,7 @@ class Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every section of settings: immutable, by keyword, unknown keys are errors."""
 
 
-class RunSettings(Section):
+class RunSettings(Section, frozen=True):
     """What a run is."""
 
     seed: Annotated[int, Meta(ge=0, description="of every random stream of the run")] = 0
@@ -40,26 +40,39 @@ class RunSettings(Section):
     tensorboard: Annotated[bool, Meta(description="write TensorBoard events too (needs relod[tb])")] = False
 
 
-class SafetySettings(Section):
+class SafetySettings(Section, frozen=True):
     """When the robot stops by itself."""
 
-    command_timeout_ms: Annotated[float, Meta(gt=0, le=1000, description="age of a command at which the device process stops the robot")] = 200.0
-    max_sensor_age_ms: Annotated[float, Meta(gt=0, le=5000, description="age of the newest sensor packet at which the cycle commands a stop")] = 250.0
-    max_frame_age_ms: Annotated[float, Meta(gt=0, le=5000, description="age of the newest frame at which the cycle commands a stop")] = 500.0
-    stall_limit_s: Annotated[float, Meta(gt=0, description="how long sensors or camera may stay away before the run ends")] = 20.0
+    command_timeout_ms: Annotated[
+        float, Meta(gt=0, le=1000, description="age of a command at which the device process stops the robot")
+    ] = 200.0
+    max_sensor_age_ms: Annotated[
+        float,
+        Meta(gt=0, le=5000, description="age of the newest sensor packet at which the cycle commands a stop"),
+    ] = 250.0
+    max_frame_age_ms: Annotated[
+        float, Meta(gt=0, le=5000, description="age of the newest frame at which the cycle commands a stop")
+    ] = 500.0
+    stall_limit_s: Annotated[
+        float, Meta(gt=0, description="how long sensors or camera may stay away before the run ends")
+    ] = 20.0
     max_restarts: Annotated[int, Meta(ge=0, description="restarts of one child process before the run ends")] = 5
 
 
-class CameraSettings(Section):
+class CameraSettings(Section, frozen=True):
     """How a camera is read."""
 
     fps: Annotated[float, Meta(gt=0, le=240, description="frames per second to ask for")] = 30.0
-    read_timeout_s: Annotated[float, Meta(gt=0, le=10, description="how long a read may take before the camera counts as stalled")] = 0.5
+    read_timeout_s: Annotated[
+        float, Meta(gt=0, le=10, description="how long a read may take before the camera counts as stalled")
+    ] = 0.5
     reopen_s: Annotated[float, Meta(gt=0, description="pause between attempts to open it again")] = 0.25
-    latency_ms: Annotated[float, Meta(ge=0, le=500, description="capture to arrival, for sources that do not stamp frames")] = 0.0
+    latency_ms: Annotated[
+        float, Meta(ge=0, le=500, description="capture to arrival, for sources that do not stamp frames")
+    ] = 0.0
 
 
-class LearnerSettings(Section):
+class LearnerSettings(Section, frozen=True):
     """How the update worker runs; the algorithm's own settings are in `agent`."""
 
     device: Annotated[str, Meta(description="torch device of the worker, or auto")] = "auto"
@@ -68,13 +81,13 @@ class LearnerSettings(Section):
     checkpoint_every_s: Annotated[float, Meta(gt=0, description="time between checkpoints")] = 60.0
 
 
-class ReplaySettings(Section):
+class ReplaySettings(Section, frozen=True):
     """The transitions updates are drawn from."""
 
     capacity: Annotated[int, Meta(ge=512, description="steps kept; the oldest are overwritten")] = 100_000
 
 
-class Settings(Section):
+class Settings(Section, frozen=True):
     """All settings of a run. `task`, `robot`, `sim`, `agent` are Sections of the chosen rooms."""
 
     run: RunSettings = RunSettings()
@@ -130,7 +143,8 @@ def load(
         _assign(tree, dotted.strip(), text.strip(), types, f"--set {assignment}")
     for dotted, value in (overrides or {}).items():
         _assign(tree, dotted, value, types, f"the option for {dotted}")
-    return Settings(**{name: _convert(name, types[name], tree[name]) for name in types})
+    values: dict[str, Any] = {name: _convert(name, types[name], tree[name]) for name in types}
+    return Settings(**values)
 
 
 def _section_types(sections: Mapping[str, type[Section]]) -> dict[str, type[Section]]:
@@ -149,7 +163,10 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _merge(
-    tree: dict[str, dict[str, Any]], values: Mapping[str, Any], types: Mapping[str, type[Section]], source: str
+    tree: dict[str, dict[str, Any]],
+    values: Mapping[str, Any],
+    types: Mapping[str, type[Section]],
+    source: str,
 ) -> None:
     for section, content in values.items():
         if not isinstance(content, Mapping):
@@ -178,7 +195,9 @@ def _convert(section: str, kind: type[Section], values: dict[str, Any]) -> Secti
         try:
             converted[name] = msgspec.convert(_from_text(value, hints[name]), hints[name], strict=False)
         except msgspec.ValidationError as error:
-            raise SettingsError(f"{section}.{name} = {value!r}: {error}", describe_field(section, name, kind)) from error
+            raise SettingsError(
+                f"{section}.{name} = {value!r}: {error}", describe_field(section, name, kind)
+            ) from error
     return kind(**converted)
 
 
@@ -231,7 +250,11 @@ def to_toml(settings: Settings) -> str:
     lines: list[str] = []
     for section, values in to_dict(settings).items():
         if values:
-            lines += [f"[{section}]", *(f"{name} = {_toml_value(value)}" for name, value in values.items()), ""]
+            lines += [
+                f"[{section}]",
+                *(f"{name} = {_toml_value(value)}" for name, value in values.items()),
+                "",
+            ]
     return "\n".join(lines)
 
 

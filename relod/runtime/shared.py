@@ -144,7 +144,7 @@ class Ring:
         record = self._read(1 + seq % self.capacity)
         if record is None or int(record["seq"]) != seq:
             return None
-        return record["data"]  # type: ignore[no-any-return]
+        return record["data"]
 
     def newest(self) -> tuple[int, npt.NDArray[Any]] | None:
         """The newest complete record with its sequence number, or None before the first."""
@@ -165,14 +165,14 @@ class Ring:
         scratch["generation"], scratch["seq"] = self._generation, seq
         if record is not None:
             scratch["data"] = record
-        scratch["crc"] = zlib.crc32(self._scratch_bytes[4:])
+        scratch["crc"] = zlib.crc32(self._scratch_bytes[4:].data)
         self._raw[slot] = self._scratch_bytes
 
     def _read(self, slot: int) -> npt.NDArray[Any] | None:
         for _ in range(RETRIES):
             copy = self._raw[slot].copy()
             crc = int(copy[:4].view("<u4")[0])
-            if zlib.crc32(copy[4:]) == crc:
+            if zlib.crc32(copy[4:].data) == crc:
                 return copy.view(self._slot)[0]  # type: ignore[no-any-return]
             if not copy.any():
                 return None

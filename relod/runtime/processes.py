@@ -1,0 +1,394 @@
+"""Child processes: a channel to each, how one starts and ends, and the supervisor in the parent.
+
+Children are spawned, never forked. Each holds one end of a socket pair to the parent: messages go both ways, and
+its end of file is how either side learns at once that the other is gone, however it died. Children ignore Ctrl-C,
+which the terminal sends to all of them; the parent alone decides what it means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
+from .clock import NS_PER_S, monotonic_ns
+
+__all__ = ["Channel", "Child", "Event", "Failed", "Finish", "Ready", "Report", "Supervisor", "load_attribute"]
+
+START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
+STOP_LIMIT_S = 5.0
+KILL_LIMIT_S = 2.0
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Child to parent: it does its work now; `info` says where to find it."""
+
+    info: dict[str, str] = {}
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """Child to parent: it ends because of this."""
+
+    exit_code: int
+    message: str
+    hint: str = ""
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    """Child to parent: something a person should read."""
+
+    text: str
+
+
+class Report(msgspec.Struct, frozen=True, tag=True):
+    """Child to parent: figures for the live view and the metrics."""
+
+    values: dict[str, float | str]
+
+
+class Finish(msgspec.Struct, frozen=True, tag=True):
+    """Parent to child: end in good order."""
+
+    reason: str = ""
+
+
+Message = Ready | Failed | Event | Report | Finish
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_MAX_MESSAGE_BYTES = 1 << 16
+
+
+class Channel:
+    """One end of the socket pair between the parent and a child; never blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Two connected ends."""
+        left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(left), cls(right)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def send(self, message: Message) -> bool:
+        """Send, or say False when the other end is gone or does not read."""
+        try:
+            self._sock.send(_encoder.encode(message))
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            return False
+        return True
+
+    def receive(self) -> Message | None:
+        """The next message, or None when none waits; `EOFError` when the other end is gone."""
+        try:
+            data = self._sock.recv(_MAX_MESSAGE_BYTES)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        return _decoder.decode(data)
+
+    def pending(self) -> list[Message]:
+        """All messages that wait; `EOFError` only once nothing is left to read."""
+        found: list[Message] = []
+        with contextlib.suppress(EOFError):
+            while (message := self.receive()) is not None:
+                found.append(message)
+            return found
+        if not found:
+            raise EOFError
+        return found
+
+    async def finished(self) -> str:
+        """Wait until the parent asks this child to finish or is gone; returns the reason."""
+        while True:
+            try:
+                message = self.receive()
+            except EOFError:
+                return "the parent process is gone"
+            if isinstance(message, Finish):
+                return message.reason
+            if message is None:
+                await readable(self)
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"sock": self._sock}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["sock"])  # type: ignore[misc]
+
+
+async def readable(source: Any) -> None:
+    """Wait until `source` (anything with a fileno) can be read."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    fd = source.fileno()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def load_attribute(path: str) -> Any:
+    """The object named "module:attribute"."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any) -> None:
+    """Entry of every child: run `target(channel, job)` and report how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _redirect_output(log_path)
+    try:
+        load_attribute(target)(channel, job)
+    except RelodError as error:
+        channel.send(Failed(error.exit_code, error.message, error.hint))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(Failed(EXIT_BUG, f"{name} process: {error!r}", f"details are in {log_path}"))
+        sys.exit(EXIT_BUG)
+
+
+def _redirect_output(log_path: str) -> None:
+    """Children print into the run's log: SDKs write to stdout, which belongs to the parent's JSON and live view."""
+    fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+@dataclass(slots=True, kw_only=True)
+class Child:
+    """One child as the parent sees it."""
+
+    name: str
+    target: str
+    job: Callable[[], Any]  # made anew at each start, so that a restart gets fresh ends of its sockets
+    restart: bool  # whether a death may be mended by starting it again
+    process: multiprocessing.process.BaseProcess | None = None
+    channel: Channel | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    info: dict[str, str] = field(default_factory=dict)
+    failure: RelodError | None = None
+    starts: int = 0
+    stopping: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.is_alive()
+
+
+class Supervisor:
+    """Starts the children, listens to them, restarts those that may be, and ends them in order.
+
+    `on_event(name, text)` and `on_report(name, values)` are called on the loop. `on_restart(name)` is called after
+    a restart. When a child that may not be restarted dies, or one dies too often, `failed` is set.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_path: Path,
+        max_restarts: int,
+        on_event: Callable[[str, str], None],
+        on_report: Callable[[str, dict[str, float | str]], None],
+        on_restart: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.children: dict[str, Child] = {}
+        self.failure: RelodError | None = None
+        self.failed = asyncio.Event()
+        self._log_path = log_path
+        self._max_restarts = max_restarts
+        self._on_event, self._on_report, self._on_restart = on_event, on_report, on_restart
+        self._context = multiprocessing.get_context("spawn")
+
+    def start(self, name: str, target: str, job: Callable[[], Any], *, restart: bool = False) -> Child:
+        """Spawn a child that runs `target(channel, job())`."""
+        child = Child(name=name, target=target, job=job, restart=restart)
+        self.children[name] = child
+        self._spawn(child)
+        return child
+
+    def _spawn(self, child: Child) -> None:
+        ours, theirs = Channel.pair()
+        child.channel, child.ready, child.failure = ours, asyncio.Event(), None
+        child.starts += 1
+        child.process = self._context.Process(
+            target=child_main,
+            args=(child.target, child.name, theirs, str(self._log_path), child.job()),
+            name=f"relod-{child.name}",
+            daemon=False,
+        )
+        child.process.start()
+        theirs.close()
+
+    async def wait_ready(self, child: Child, limit_s: float = START_LIMIT_S) -> dict[str, str]:
+        """Wait until the child reports ready; raises its own error, or `StartError` when it stays silent."""
+        assert child.channel is not None
+        deadline_ns = monotonic_ns() + int(limit_s * NS_PER_S)
+        while not child.ready.is_set():
+            if child.failure is not None:
+                raise child.failure
+            if not child.alive and not self._listen(child):
+                raise child.failure or StartError(
+                    f"the {child.name} process died at its start", f"see {self._log_path}"
+                )
+            if monotonic_ns() > deadline_ns:
+                raise StartError(
+                    f"the {child.name} process was not ready after {limit_s:.0f} s", f"see {self._log_path}"
+                )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await readable(child.channel)
+            self._listen(child)
+        return child.info
+
+    def _listen(self, child: Child) -> bool:
+        """Take in what the child has said; False once it has closed its end."""
+        assert child.channel is not None
+        try:
+            messages = child.channel.pending()
+        except EOFError:
+            return False
+        for message in messages:
+            match message:
+                case Ready(info):
+                    child.info = info
+                    child.ready.set()
+                case Failed(code, text, hint):
+                    child.failure = error_with_code(code, text, hint)
+                case Event(text):
+                    self._on_event(child.name, text)
+                case Report(values):
+                    self._on_report(child.name, values)
+                case Finish():
+                    pass
+        return True
+
+    async def watch(self) -> None:
+        """Listen to all children until cancelled; restart or give up as each child's policy says."""
+        async with asyncio.TaskGroup() as group:
+            for child in self.children.values():
+                group.create_task(self._watch_child(child), name=f"watch-{child.name}")
+
+    async def _watch_child(self, child: Child) -> None:
+        while True:
+            assert child.channel is not None
+            if self._listen(child):
+                await readable(child.channel)
+                continue
+            await self._reap(child)
+            if child.stopping:
+                return
+            if child.restart and child.starts <= self._max_restarts and _may_restart(child.failure):
+                self._on_event(child.name, f"{_how_it_died(child)}; starting it again")
+                self._spawn(child)
+                self._on_restart(child.name)
+                continue
+            self._give_up(child)
+            return
+
+    def _give_up(self, child: Child) -> None:
+        if self.failure is None:
+            self.failure = child.failure or error_with_code(
+                4, f"{_how_it_died(child)}; the robot was stopped", f"see {self._log_path}"
+            )
+        self.failed.set()
+
+    async def _reap(self, child: Child) -> None:
+        process = child.process
+        assert process is not None
+        for limit_s, act in ((KILL_LIMIT_S, process.kill), (KILL_LIMIT_S, lambda: None)):
+            if await _ended(process, limit_s):
+                break
+            act()
+        if child.channel is not None:
+            child.channel.close()
+
+    async def stop(self, name: str, reason: str = "the run is over", limit_s: float = STOP_LIMIT_S) -> None:
+        """End one child in good order: ask, then SIGTERM, then SIGKILL."""
+        child = self.children.get(name)
+        if child is None or child.process is None:
+            return
+        child.stopping = True
+        if child.channel is not None and child.channel.fileno() >= 0:
+            child.channel.send(Finish(reason))
+        for wait_s, act in ((limit_s, child.process.terminate), (KILL_LIMIT_S, child.process.kill)):
+            if await _ended(child.process, wait_s):
+                return
+            act()
+        await _ended(child.process, KILL_LIMIT_S)
+
+    @contextlib.asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """`watch` in the background for the length of the block."""
+        task = asyncio.create_task(self.watch(), name="watch-children")
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def kill_all(self) -> None:
+        """Last resort on the way out: no child may outlive the parent's own orderly end."""
+        for child in self.children.values():
+            if child.alive and child.process is not None:
+                child.process.kill()
+
+
+def _may_restart(failure: RelodError | None) -> bool:
+    """A death without a word may be mended; a reported error would only come again, unless the wire was the cause."""
+    return failure is None or failure.exit_code == EXIT_BUG
+
+
+def _how_it_died(child: Child) -> str:
+    code = child.process.exitcode if child.process is not None else None
+    if code is not None and code < 0:
+        return f"the {child.name} process was killed by {signal.Signals(-code).name}"
+    if child.failure is not None:
+        return f"the {child.name} process ended: {child.failure.message}"
+    return f"the {child.name} process ended with exit code {code}"
+
+
+async def _ended(process: multiprocessing.process.BaseProcess, limit_s: float) -> bool:
+    """Whether the process ends within the limit."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit_s):
+            await readable(_Descriptor(process.sentinel))
+    return not process.is_alive()
+
+
+@dataclass(frozen=True, slots=True)
+class _Descriptor:
+    """A bare descriptor with the `fileno()` that `readable` asks for."""
+
+    fd: int
+
+    def fileno(self) -> int:
+        return self.fd
