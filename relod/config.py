@@ -128,7 +128,7 @@ def load(
         StartError: the file cannot be read.
     """
     types = _section_types(sections)
-    tree: dict[str, dict[str, Any]] = {name: {} for name in types}
+    tree: dict[str, Any] = {name: {} for name in types}
     for preset in presets:
         _merge(tree, preset, types, "the preset")
     if file is not None:
@@ -163,41 +163,67 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _merge(
-    tree: dict[str, dict[str, Any]],
-    values: Mapping[str, Any],
-    types: Mapping[str, type[Section]],
-    source: str,
+    tree: dict[str, Any], values: Mapping[str, Any], types: Mapping[str, Any], source: str, prefix: str = ""
 ) -> None:
-    for section, content in values.items():
-        if not isinstance(content, Mapping):
-            _assign(tree, section, content, types, source)
-            continue
-        for name, value in content.items():
-            _assign(tree, f"{section}.{name}", value, types, source)
+    for name, value in values.items():
+        dotted = prefix + name
+        if isinstance(value, Mapping) and _lookup(dotted, types, sections=True):
+            _merge(tree, value, types, source, f"{dotted}.")
+        else:
+            _assign(tree, dotted, value, types, source)
 
 
-def _assign(
-    tree: dict[str, dict[str, Any]], dotted: str, value: Any, types: Mapping[str, type[Section]], source: str
-) -> None:
-    section, _, name = dotted.partition(".")
-    known = [f"{s}.{field}" for s, kind in types.items() for field in kind.__struct_fields__]
-    if section not in types or name not in types[section].__struct_fields__:
+def _assign(tree: dict[str, Any], dotted: str, value: Any, types: Mapping[str, Any], source: str) -> None:
+    if not _lookup(dotted, types):
+        known = [name for name, _, _ in _walk(types)]
         close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}?" if close else "`relod settings` lists all settings"
         raise SettingsError(f"unknown setting {dotted!r} ({source})", hint)
-    tree[section][name] = value
+    *sections, name = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[name] = value
 
 
-def _convert(section: str, kind: type[Section], values: dict[str, Any]) -> Section:
+def _lookup(dotted: str, types: Mapping[str, Any], *, sections: bool = False) -> bool:
+    """Whether `dotted` names a setting, or with `sections` a section."""
+    hint: Any = None
+    fields: Mapping[str, Any] = types
+    for name in dotted.split("."):
+        if name not in fields:
+            return False
+        hint = fields[name]
+        fields = get_type_hints(hint, include_extras=True) if _is_section(hint) else {}
+    return _is_section(hint) == sections
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Section)
+
+
+def _walk(types: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, type[Section]]]:
+    """Every setting as (dotted name, its hint, the section it is in)."""
+    for section, kind in types.items():
+        hints = get_type_hints(kind, include_extras=True)
+        for name in kind.__struct_fields__:
+            if _is_section(hints[name]):
+                yield from _walk({name: hints[name]}, f"{prefix}{section}.")
+            else:
+                yield f"{prefix}{section}.{name}", hints[name], kind
+
+
+def _convert(prefix: str, kind: type[Section], values: dict[str, Any]) -> Section:
     converted: dict[str, Any] = {}
     hints = get_type_hints(kind, include_extras=True)
     for name, value in values.items():
+        if _is_section(hints[name]):
+            converted[name] = _convert(f"{prefix}.{name}", hints[name], value)
+            continue
         try:
             converted[name] = msgspec.convert(_from_text(value, hints[name]), hints[name], strict=False)
         except msgspec.ValidationError as error:
-            raise SettingsError(
-                f"{section}.{name} = {value!r}: {error}", describe_field(section, name, kind)
-            ) from error
+            meaning = f"{prefix}.{name} is {_describe_hint(hints[name])}"
+            raise SettingsError(f"{prefix}.{name} = {value!r}: {error}", meaning) from error
     return kind(**converted)
 
 
@@ -215,9 +241,8 @@ def _bare_type(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def describe_field(section: str, name: str, kind: type[Section]) -> str:
-    """Type, bounds and meaning of one setting, in a line."""
-    hint = get_type_hints(kind, include_extras=True)[name]
+def _describe_hint(hint: Any) -> str:
+    """Type, bounds and meaning of a setting, in a line."""
     bare, metas = _bare_type(hint), [m for m in get_args(hint)[1:] if isinstance(m, Meta)]
     if get_origin(bare) is Literal:
         type_name = " | ".join(map(str, get_args(bare)))
@@ -228,16 +253,19 @@ def describe_field(section: str, name: str, kind: type[Section]) -> str:
         bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
         words += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
     text = next((m.description for m in metas if m.description), "")
-    return f"{section}.{name} is {', '.join(words)}" + (f": {text}" if text else "")
+    return ", ".join(words) + (f": {text}" if text else "")
 
 
 def describe(sections: Mapping[str, type[Section]]) -> Iterator[tuple[str, Any, str]]:
     """Every setting as (dotted name, default, description)."""
-    for section, kind in _section_types(sections).items():
-        defaults = kind()
-        for name in kind.__struct_fields__:
-            text = describe_field(section, name, kind).partition(" is ")[2]
-            yield f"{section}.{name}", getattr(defaults, name), text
+    types = _section_types(sections)
+    defaults = {name: kind() for name, kind in types.items()}
+    for dotted, hint, _ in _walk(types):
+        section, *path = dotted.split(".")
+        value: Any = defaults[section]
+        for name in path:
+            value = getattr(value, name)
+        yield dotted, value, _describe_hint(hint)
 
 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -249,13 +277,17 @@ def to_toml(settings: Settings) -> str:
     """The settings as a TOML file that `load` reads back to the same values."""
     lines: list[str] = []
     for section, values in to_dict(settings).items():
-        if values:
-            lines += [
-                f"[{section}]",
-                *(f"{name} = {_toml_value(value)}" for name, value in values.items()),
-                "",
-            ]
+        lines += _toml_table(section, values)
     return "\n".join(lines)
+
+
+def _toml_table(name: str, values: dict[str, Any]) -> list[str]:
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    lines = [f"[{name}]", *(f"{key} = {_toml_value(value)}" for key, value in plain.items()), ""] if plain else []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += _toml_table(f"{name}.{key}", value)
+    return lines
 
 
 def _toml_value(value: Any) -> str:

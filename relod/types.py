@@ -21,6 +21,7 @@ __all__ = [
     "EpisodeEnd",
     "Frame",
     "Image",
+    "Limits",
     "Observation",
     "Outcome",
     "Reset",
@@ -162,10 +163,22 @@ class TaskSpec:
 Reset: TypeAlias = Generator[Command, tuple[int, SensorWindow], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a command's values may be, each `(n,)`, in the command's own units."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    max_slew: tuple[float, ...] | None = None  # largest change per cycle; None = any
+
+
 class Task(Protocol):
     """A task: pure functions of sensor windows and camera images, plus a reset."""
 
     spec: TaskSpec
+    action_history: int  # previous actions in the observation
+    limits: Limits  # of every command in an episode
+    reset_limits: Limits  # of every command in a reset
 
     def proprioception(self, window: SensorWindow, previous_actions: FloatArray) -> FloatArray:
         """Vector part of the observation, `(P,) float32`; `previous_actions` is `(n, A)`, oldest first."""

@@ -26,7 +26,7 @@ import msgspec
 from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
 from .clock import NS_PER_S, monotonic_ns
 
-__all__ = ["Channel", "Child", "Event", "Failed", "Finish", "Ready", "Report", "Supervisor", "load_attribute"]
+__all__ = ["Channel", "Child", "Event", "Failed", "Finish", "Ready", "Report", "Supervisor", "Tell", "load_attribute"]
 
 START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
 STOP_LIMIT_S = 5.0
@@ -65,7 +65,13 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
     reason: str = ""
 
 
-Message = Ready | Failed | Event | Report | Finish
+class Tell(msgspec.Struct, frozen=True, tag=True):
+    """Parent to child: something happened that the child may care about."""
+
+    text: str
+
+
+Message = Ready | Failed | Event | Report | Finish | Tell
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _MAX_MESSAGE_BYTES = 1 << 16
@@ -118,17 +124,20 @@ class Channel:
             raise EOFError
         return found
 
-    async def finished(self) -> str:
+    async def finished(self, on_tell: Callable[[str], None] = lambda text: None) -> str:
         """Wait until the parent asks this child to finish or is gone; returns the reason."""
         while True:
             try:
                 message = self.receive()
             except EOFError:
                 return "the parent process is gone"
-            if isinstance(message, Finish):
-                return message.reason
-            if message is None:
-                await readable(self)
+            match message:
+                case Finish(reason):
+                    return reason
+                case Tell(text):
+                    on_tell(text)
+                case None:
+                    await readable(self)
 
     def close(self) -> None:
         self._sock.close()
@@ -206,8 +215,8 @@ class Child:
 class Supervisor:
     """Starts the children, listens to them, restarts those that may be, and ends them in order.
 
-    `on_event(name, text)` and `on_report(name, values)` are called on the loop. `on_restart(name)` is called after
-    a restart. When a child that may not be restarted dies, or one dies too often, `failed` is set.
+    `on_event(name, text)` and `on_report(name, values)` are called on the loop, `on_restart(name)` after a restart,
+    `on_done(name)` when a child has ended with exit code 0 unasked: its work is done. When a child that may not be restarted dies, or one dies too often, `failed` is set.
     """
 
     def __init__(
@@ -218,13 +227,15 @@ class Supervisor:
         on_event: Callable[[str, str], None],
         on_report: Callable[[str, dict[str, float | str]], None],
         on_restart: Callable[[str], None] = lambda name: None,
+        on_done: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.children: dict[str, Child] = {}
         self.failure: RelodError | None = None
         self.failed = asyncio.Event()
         self._log_path = log_path
         self._max_restarts = max_restarts
-        self._on_event, self._on_report, self._on_restart = on_event, on_report, on_restart
+        self._on_event, self._on_report = on_event, on_report
+        self._on_restart, self._on_done = on_restart, on_done
         self._context = multiprocessing.get_context("spawn")
 
     def start(self, name: str, target: str, job: Callable[[], Any], *, restart: bool = False) -> Child:
@@ -254,7 +265,7 @@ class Supervisor:
         while not child.ready.is_set():
             if child.failure is not None:
                 raise child.failure
-            if not child.alive and not self._listen(child):
+            if not child.alive and not self.listen(child):
                 raise child.failure or StartError(
                     f"the {child.name} process died at its start", f"see {self._log_path}"
                 )
@@ -265,10 +276,10 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await readable(child.channel)
-            self._listen(child)
+            self.listen(child)
         return child.info
 
-    def _listen(self, child: Child) -> bool:
+    def listen(self, child: Child) -> bool:
         """Take in what the child has said; False once it has closed its end."""
         assert child.channel is not None
         try:
@@ -286,7 +297,7 @@ class Supervisor:
                     self._on_event(child.name, text)
                 case Report(values):
                     self._on_report(child.name, values)
-                case Finish():
+                case Finish() | Tell():
                     pass
         return True
 
@@ -299,11 +310,15 @@ class Supervisor:
     async def _watch_child(self, child: Child) -> None:
         while True:
             assert child.channel is not None
-            if self._listen(child):
+            if self.listen(child):
                 await readable(child.channel)
                 continue
             await self._reap(child)
+            assert child.process is not None
             if child.stopping:
+                return
+            if child.process.exitcode == 0:
+                self._on_done(child.name)
                 return
             if child.restart and child.starts <= self._max_restarts and _may_restart(child.failure):
                 self._on_event(child.name, f"{_how_it_died(child)}; starting it again")
@@ -329,6 +344,12 @@ class Supervisor:
             act()
         if child.channel is not None:
             child.channel.close()
+
+    def tell(self, name: str, text: str) -> None:
+        """Let a child know, if it is there."""
+        child = self.children.get(name)
+        if child is not None and child.alive and child.channel is not None:
+            child.channel.send(Tell(text))
 
     async def stop(self, name: str, reason: str = "the run is over", limit_s: float = STOP_LIMIT_S) -> None:
         """End one child in good order: ask, then SIGTERM, then SIGKILL."""

@@ -55,7 +55,8 @@ class SpanRing:
 
     def _row(self, writer: str) -> npt.NDArray[Any]:
         row = self.writers.index(writer)
-        return self._memory.array(SPAN, (self.capacity,), row * self.capacity * SPAN.itemsize)
+        rows: npt.NDArray[Any] = self._memory.array(SPAN, (self.capacity,), row * self.capacity * SPAN.itemsize)
+        return rows
 
     def writer(self, name: str) -> SpanWriter:
         """The writing end of process `name`; a restarted process goes on after its predecessor's spans."""
@@ -102,7 +103,15 @@ class Histogram:
         self.count = 0
         self.max_ms = 0.0
         bins = int(np.ceil(np.log(1e9) / np.log(self.RATIO))) + 2
-        self._counts = np.zeros(bins, np.int64)
+        self.counts = np.zeros(bins, np.int64)
+
+    @classmethod
+    def of(cls, counts: npt.NDArray[np.int64], max_ms: float) -> Histogram:
+        """A histogram that was kept as its `counts` and `max_ms`."""
+        histogram = cls()
+        histogram.counts[:] = counts
+        histogram.count, histogram.max_ms = int(counts.sum()), max_ms
+        return histogram
 
     def add_ms(self, durations_ms: npt.ArrayLike) -> None:
         """Add durations in milliseconds; negative ones count as zero."""
@@ -110,7 +119,7 @@ class Histogram:
         if not values.size:
             return
         bins = np.log(np.maximum(values, self.LOW_MS) / self.LOW_MS) / np.log(self.RATIO)
-        np.add.at(self._counts, np.minimum(bins.astype(np.int64), len(self._counts) - 1), 1)
+        np.add.at(self.counts, np.minimum(bins.astype(np.int64), len(self.counts) - 1), 1)
         self.count += values.size
         self.max_ms = max(self.max_ms, float(values.max()))
 
@@ -119,7 +128,7 @@ class Histogram:
         if not self.count:
             return 0.0
         rank = max(1, int(np.ceil(self.count * percent / 100)))
-        index = int(np.searchsorted(np.cumsum(self._counts), rank))
+        index = int(np.searchsorted(np.cumsum(self.counts), rank))
         return min(self.max_ms, self.LOW_MS * self.RATIO ** (index + 1))
 
     def summary_ms(self) -> dict[str, float]:

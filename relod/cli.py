@@ -1,0 +1,270 @@
+"""The `relod` command: parse, call, print, exit code. What it calls is imported only then, so `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from . import __version__
+from .errors import EXIT_BUG, EXIT_OK, EXIT_SETTINGS, EXIT_SIGINT, RelodError
+
+__all__ = ["run"]
+
+app = typer.Typer(
+    name="relod",
+    help="Real-time reinforcement learning on physical robots from camera images.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+emulate = typer.Typer(help="A simulated robot behind its real wire protocol, for any client.", no_args_is_help=True)
+app.add_typer(emulate, name="emulate")
+
+TaskOption = Annotated[str, typer.Option(help="What to learn: a name, or module:attribute.")]
+ConfigOption = Annotated[Path | None, typer.Option(help="Settings in TOML.", metavar="FILE")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, for example task.target_fraction=0.2.", metavar="A.B=C")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout at the end.")]
+RobotOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the robot, for example /dev/ttyUSB0. Without it the world is simulated.", metavar="ADDRESS"
+    ),
+]
+CameraOption = Annotated[
+    str | None, typer.Option(help="Camera: sim, a V4L2 device (0, /dev/video0) or an MJPEG URL.", metavar="SOURCE")
+]
+MixedOption = Annotated[
+    bool, typer.Option("--allow-mixed", help="Allow a real robot with a simulated camera, or the other way round.")
+]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line; returns the exit code (see `relod.errors`)."""
+    debug = "--debug" in arguments
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, stream=sys.stderr)
+    try:
+        result = app(args=[a for a in arguments if a != "--debug"], prog_name="relod", standalone_mode=False)
+        return result if isinstance(result, int) else EXIT_OK
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        return EXIT_SETTINGS
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_SIGINT
+    except RelodError as error:
+        if debug:
+            raise
+        print(f"relod: {error}", file=sys.stderr)
+        return error.exit_code
+    except BaseExceptionGroup as group:
+        if debug:
+            raise
+        return _unwrap(group)
+
+
+def _unwrap(group: BaseExceptionGroup) -> int:
+    """The one error a user should see of several that ended tasks together: the first of our own, else a bug."""
+    found, other = group.split(RelodError)
+    if found is None or other is not None:
+        raise group
+    first: BaseException = found
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    assert isinstance(first, RelodError)
+    print(f"relod: {first}", file=sys.stderr)
+    return first.exit_code
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Tracebacks and debug messages; anywhere on the line.")
+    ] = False,
+) -> None:
+    if version:
+        print(f"relod {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def robot(
+    task: TaskOption = "create",
+    mode: Annotated[str, typer.Option(help="Where the computation runs; see `relod modes`.")] = "local-only",
+    algorithm: Annotated[
+        str, typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute.")
+    ] = "sac",
+    preset: Annotated[
+        str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
+    ] = None,
+    robot: RobotOption = None,
+    camera: CameraOption = None,
+    allow_mixed: MixedOption = False,
+    world: Annotated[
+        str, typer.Option(help="Timing and noise of the simulated world: ideal, nominal or harsh.")
+    ] = "nominal",
+    clock: Annotated[
+        str, typer.Option(help="wall: real time. virtual: as fast as the machine, deterministic.")
+    ] = "wall",
+    steps: Annotated[int | None, typer.Option(min=1, help="End after this many environment steps.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="End after this many minutes of experience.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device of the learner, for example cpu or cuda:0.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep every input of the cycle, for `relod replay`.")
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Drive a robot and learn. With no --robot the world is simulated behind the robot's real wire protocol."""
+    from .runtime.modes import Request, run_robot
+
+    overrides = {"run.steps": steps, "run.minutes": minutes, "run.seed": seed, "learner.device": device}
+    request = Request(
+        task=task,
+        mode=mode,
+        algorithm=algorithm,
+        preset=preset,
+        robot=robot,
+        camera=camera,
+        allow_mixed=allow_mixed,
+        world=world,
+        clock=clock,
+        config=config,
+        environment=dict(os.environ),
+        assignments=tuple(assignments or ()),
+        overrides={name: value for name, value in overrides.items() if value is not None}
+        | ({"run.record": True} if record else {}),
+        arguments=tuple(sys.argv[1:]),
+    )
+    result = run_robot(request)
+    if as_json:
+        _print_json(result.summary)
+    if result.error is not None:
+        print(f"relod: {result.error}", file=sys.stderr)
+    return result.exit_code
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="Run folder of a run made with --record.")],
+    as_json: JsonOption = False,
+) -> int:
+    """Feed a recorded run through the cycle again and compare every command and transition."""
+    from .runtime.recording import replay_run
+
+    report = replay_run(folder)
+    if as_json:
+        _print_json(report.to_dict())
+    print(report, file=sys.stderr)
+    return EXIT_OK if report.identical else EXIT_BUG
+
+
+@app.command()
+def check(
+    robot: Annotated[str, typer.Option(help="Address of the robot, for example /dev/ttyUSB0.", metavar="ADDRESS")],
+    camera: CameraOption = None,
+    task: TaskOption = "create",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Do not ask before a wheel turns. The wheels must be off the floor.")
+    ] = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Commission a robot, wheels off the floor: sensors, camera, wheels, and how fast it stops."""
+    from .runtime.modes import run_check
+
+    document, code = run_check(
+        task=task,
+        robot=robot,
+        camera=camera,
+        yes=yes,
+        config=config,
+        environment=dict(os.environ),
+        assignments=tuple(assignments or ()),
+    )
+    if as_json:
+        _print_json(document)
+    return code
+
+
+@emulate.command("create")
+def emulate_create(
+    link: Annotated[Path | None, typer.Option(help="Make this symbolic link to the port.")] = None,
+    control: Annotated[Path | None, typer.Option(help="Unix socket for fault injection (JSON lines).")] = None,
+    mjpeg_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
+    ] = 0,
+    wheel_log: Annotated[
+        Path | None, typer.Option(help="Write what the wheels did, with stamps, as JSON lines at the end.")
+    ] = None,
+    world: Annotated[str, typer.Option(help="ideal, nominal or harsh.")] = "nominal",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> int:
+    """A simulated Create 2 on a pseudo-terminal, with its camera; prints the port. Ctrl-C ends it."""
+    from .runtime.modes import run_emulator
+
+    return run_emulator(
+        task="create",
+        link=link,
+        control=control,
+        mjpeg_port=mjpeg_port,
+        wheel_log=wheel_log,
+        world=world,
+        seed=seed,
+        config=config,
+        environment=dict(os.environ),
+        assignments=tuple(assignments or ()),
+    )
+
+
+@app.command()
+def modes(as_json: JsonOption = False) -> int:
+    """Which process runs where in each mode."""
+    from .runtime.modes import describe_modes
+
+    table = describe_modes()
+    if as_json:
+        _print_json({"modes": table})
+        return EXIT_OK
+    for row in table:
+        print(f"{row['mode']:14}{row['status']:12}acts: {row['acts']:45}learns: {row['learns']}")
+    return EXIT_OK
+
+
+@app.command()
+def settings(
+    task: TaskOption = "create",
+    algorithm: Annotated[str, typer.Option("--algorithm", "--algo")] = "sac",
+    as_json: JsonOption = False,
+) -> int:
+    """List every setting with its default, type, bounds and meaning."""
+    from .runtime.modes import describe_settings
+
+    rows = describe_settings(task, algorithm)
+    if as_json:
+        _print_json({"settings": [{"name": n, "default": d, "description": t} for n, d, t in rows]})
+        return EXIT_OK
+    for name, default, text in rows:
+        print(f"{name} = {default!r}\n    {text}")
+    return EXIT_OK

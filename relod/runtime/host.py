@@ -1,0 +1,399 @@
+"""The robot host's parent process: starts the children, takes in what they say, keeps the run folder and the view.
+
+It wires nothing: which actor acts and where experience goes is decided in `modes.py` and handed in. It is never on
+the path from senses to motors, so whatever takes milliseconds may happen here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvloop
+
+from ..errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, RelodError
+from ..types import EpisodeEnd, Frame, Step
+from .camera import CameraJob
+from .clock import NS_PER_S, monotonic_ns
+from .control import ActorHost, ControlJob
+from .device import CommandRing, DeviceJob
+from .messages import MAX_MESSAGE_BYTES, CycleRecord, decode
+from .plan import Plan
+from .processes import Child, Supervisor
+from .profile import Profile
+from .progress import Progress
+from .recording import Recorder
+from .rundir import RunFolder
+from .sentinel import SentinelJob
+from .shared import FrameRing, SensorRing
+from .spans import SpanRing
+from .view import live_view
+from .world import NEW_EPISODE, WorldJob
+
+__all__ = ["ChildSpec", "Result", "RobotHost", "Sink"]
+
+VIEW_PERIOD_S = 0.25
+METRICS_PERIOD_S = 5.0
+WORKER_STOP_LIMIT_S = 30.0  # it finishes its update and writes a checkpoint, at the lowest priority
+
+
+class Sink(Protocol):
+    """Where experience goes: a replay on this host, or a link to another."""
+
+    def add_frame(self, frame: Frame) -> None:
+        """A camera frame, before any step that names it."""
+        ...
+
+    def add(self, message: Step | EpisodeEnd) -> None:
+        """The next step or end of an episode."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """A further child of a mode, for example the update worker."""
+
+    name: str
+    target: str
+    job: Callable[[], Any]
+    on_restart: Callable[[], None] = lambda: None
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """How a run ended."""
+
+    summary: dict[str, Any]
+    exit_code: int
+    error: RelodError | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shared:
+    """Memory and sockets between the processes of one run."""
+
+    sensors: SensorRing
+    frames: FrameRing
+    commands: CommandRing
+    spans: SpanRing
+    stream: socket.socket  # our end
+    stream_theirs: socket.socket
+    frames_signal: Any = field(default=None)
+
+
+class RobotHost:
+    """One run on one robot host."""
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        folder: RunFolder,
+        build_actor: Callable[[], ActorHost],
+        sink: Sink,
+        children: Sequence[ChildSpec] = (),
+        spans: SpanRing,
+    ) -> None:
+        self._plan, self._folder, self._sink = plan, folder, sink
+        self._build_actor, self._extra = build_actor, children
+        spec = plan.task.spec
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        frames = FrameRing(*spec.camera_hw)
+        self._shared = _Shared(
+            sensors=SensorRing(plan.entry.sensor_names),
+            frames=frames,
+            commands=CommandRing(len(plan.entry.command_names)),
+            spans=spans,
+            stream=ours,
+            stream_theirs=theirs,
+            frames_signal=frames.add_signal(),
+        )
+        self.progress = Progress(plan, folder)
+        self._profile = Profile(spans, spec.cycle_ns, lambda name, rows: folder.spans(rows))
+        self._recorder = Recorder(folder.path) if plan.settings.run.record else None
+        self._supervisor = Supervisor(
+            log_path=folder.path / "children.log",
+            max_restarts=plan.settings.safety.max_restarts,
+            on_event=self.progress.event,
+            on_report=self.progress.report,
+            on_restart=self._restarted,
+            on_done=self._done,
+        )
+        self._taken_id = 0
+        self._ended = asyncio.Event()
+        self._signalled: signal.Signals | None = None
+        self._error: RelodError | None = None
+
+    def run(self) -> Result:
+        """Run until the steps are done, a signal, or a failure; the robot stands when this returns."""
+        uvloop.run(self._run())
+        summary = self.progress.summary(self._profile)
+        code = EXIT_OK
+        if self._error is not None:
+            code = self._error.exit_code
+        elif self._signalled is not None:
+            code = EXIT_SIGINT if self._signalled is signal.SIGINT else EXIT_SIGTERM
+        summary |= {"exit_code": code, "error": str(self._error) if self._error else ""}
+        return Result(summary=summary, exit_code=code, error=self._error)
+
+    async def _run(self) -> None:
+        with self._signals(), tempfile.TemporaryDirectory(prefix="relod-") as sockets:
+            async with live_view(self.progress.state, VIEW_PERIOD_S):
+                try:
+                    await self._start(Path(sockets))
+                    await self._serve()
+                except* RelodError as group:
+                    self._error = _first(group)
+                finally:
+                    await self._stop()
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    async def _start(self, sockets: Path) -> None:
+        """Everything that takes long starts at once; what needs an address waits for it."""
+        plan, shared, supervisor = self._plan, self._shared, self._supervisor
+        self.progress.phase("starting")
+        children = [
+            supervisor.start(
+                "control",
+                "relod.runtime.control:run_control",
+                lambda: ControlJob(
+                    build_task=plan.task_builder,
+                    build_actor=self._build_actor,
+                    safety=plan.settings.safety,
+                    seed=plan.settings.run.seed,
+                    max_steps=plan.max_steps,
+                    sensors=shared.sensors,
+                    frames=shared.frames,
+                    commands=shared.commands,
+                    spans=shared.spans,
+                    stream=shared.stream_theirs,
+                    record=plan.settings.run.record,
+                ),
+            ),
+            supervisor.start(
+                "sentinel",
+                "relod.runtime.sentinel:run_sentinel",
+                lambda: SentinelJob(spans=shared.spans),
+                restart=True,
+            ),
+            *(supervisor.start(extra.name, extra.target, extra.job, restart=True) for extra in self._extra),
+        ]
+        shared.stream_theirs.close()
+        address, source = await self._start_world(sockets)
+        children += [self._start_device(address), self._start_camera(source)]
+        for child in children:
+            await self._ready(child)
+        supervisor.tell("control", "begin")
+
+    async def _start_world(self, sockets: Path) -> tuple[str, str]:
+        """The robot's address and the camera's source, simulated where no hardware was named."""
+        plan = self._plan
+        if plan.robot is not None and plan.camera is not None:
+            return plan.robot, plan.camera
+        child = self._supervisor.start(
+            "world",
+            "relod.runtime.world:run_world",
+            lambda: WorldJob(
+                serve=plan.entry.emulator,
+                settings=plan.settings.sim,
+                seed=plan.settings.run.seed,
+                spec=plan.task.spec,
+                folder=sockets,
+                wheel_log=self._folder.path / "wheels.jsonl",
+            ),
+        )
+        where = await self._ready(child)
+        self._folder.update_run({"world_control": where["control"], "world_port": where["port"]})
+        return plan.robot or where["port"], plan.camera or f"sim:{where['frames']}"
+
+    def _start_device(self, address: str) -> Child:
+        plan, shared = self._plan, self._shared
+        return self._supervisor.start(
+            "device",
+            "relod.runtime.device:run_device",
+            lambda: DeviceJob(
+                driver=plan.entry.driver,
+                address=address,
+                settings=plan.settings.robot,
+                sensors=shared.sensors,
+                commands=shared.commands,
+                spans=shared.spans,
+                safety=plan.settings.safety,
+            ),
+            restart=True,
+        )
+
+    def _start_camera(self, source: str) -> Child:
+        return self._supervisor.start(
+            "camera",
+            "relod.runtime.camera:run_camera_process",
+            lambda: CameraJob(source=source, settings=self._plan.settings.camera, frames=self._shared.frames),
+            restart=True,
+        )
+
+    async def _ready(self, child: Child) -> dict[str, str]:
+        """Wait for the child, or for a signal to end the run."""
+        waiting = asyncio.create_task(self._supervisor.wait_ready(child), name=f"ready-{child.name}")
+        ended = asyncio.create_task(self._ended.wait(), name="ended")
+        await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if not waiting.done():
+            waiting.cancel()
+            raise _Interrupted
+        return waiting.result()
+
+    # -- run -----------------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        """Until the control process has closed its stream, a signal came, or a child is lost for good."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._shared.stream.fileno(), self._guarded, self._take_messages)
+        loop.add_reader(self._shared.frames_signal.fileno(), self._guarded, self._take_frames)
+        try:
+            async with self._supervisor.watching():
+                failed = asyncio.create_task(self._supervisor.failed.wait(), name="failed")
+                ended = asyncio.create_task(self._ended.wait(), name="ended")
+                books = asyncio.create_task(self._keep_books(), name="books")
+                await asyncio.wait([failed, ended, books], return_when=asyncio.FIRST_COMPLETED)
+                for task in (failed, ended, books):
+                    task.cancel()
+                if books.done() and not books.cancelled() and (error := books.exception()) is not None:
+                    raise error
+        finally:
+            loop.remove_reader(self._shared.frames_signal.fileno())
+        if self._supervisor.failure is not None:
+            raise self._supervisor.failure
+
+    async def _keep_books(self) -> None:
+        """Profile and view once per view period, metrics every few seconds."""
+        next_metrics_ns = monotonic_ns()
+        while True:
+            self._profile.drain()
+            self.progress.profiled(self._profile)
+            if monotonic_ns() >= next_metrics_ns:
+                next_metrics_ns = monotonic_ns() + int(METRICS_PERIOD_S * NS_PER_S)
+                self.progress.write_metrics(self._profile)
+            await asyncio.sleep(VIEW_PERIOD_S)
+
+    def _guarded(self, take: Callable[[], None]) -> None:
+        """Errors in a reader's callback end the run as they would in a task."""
+        try:
+            take()
+        except RelodError as error:
+            self._error = self._error or error
+            self._ended.set()
+
+    def _take_frames(self) -> None:
+        self._shared.frames_signal.clear()
+        ring = self._shared.frames
+        newest_id = ring.newest_id
+        for frame_id in range(max(self._taken_id, newest_id - ring.capacity) + 1, newest_id + 1):
+            frame = ring.get(frame_id)
+            if frame is None:
+                self.progress.frames_lost += 1
+                continue
+            self._sink.add_frame(frame)
+            if self._recorder is not None:
+                self._recorder.add_frame(frame)
+            self.progress.frame(frame)
+        self._taken_id = max(self._taken_id, newest_id)
+
+    def _take_messages(self) -> None:
+        """All messages that wait."""
+        while True:
+            try:
+                data = self._shared.stream.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            if not data:
+                asyncio.get_running_loop().remove_reader(self._shared.stream.fileno())
+                return  # the control process has ended, well or not: the supervisor tells which
+            if self._recorder is not None:
+                self._recorder.add_message(data)
+            message = decode(data)
+            if isinstance(message, CycleRecord):
+                continue
+            self._take_frames()  # every frame the message names was in the ring before it was sent
+            self._sink.add(message)
+            self.progress.add(message)
+            if isinstance(message, EpisodeEnd):
+                self._supervisor.tell("world", NEW_EPISODE)
+
+    def _done(self, name: str) -> None:
+        if name == "control":
+            self._ended.set()
+
+    def _restarted(self, name: str) -> None:
+        self.progress.restarted(name)
+        for extra in self._extra:
+            if extra.name == name:
+                extra.on_restart()
+
+    # -- end -----------------------------------------------------------------------------------------------------------
+
+    async def _stop(self) -> None:
+        """The robot first, then everything else; the world last, for its log shows how the wheels stood."""
+        self.progress.phase("stopping")
+        stop = self._supervisor.stop
+        device = self._supervisor.children.get("device")
+        await asyncio.gather(stop("control"), stop("device"))
+        with contextlib.suppress(RelodError, OSError):
+            self._take_messages()
+        if device is not None:
+            self._supervisor.listen(device)
+        await asyncio.gather(
+            stop("camera"),
+            stop("sentinel"),
+            *(stop(extra.name, limit_s=WORKER_STOP_LIMIT_S) for extra in self._extra),
+        )
+        for extra in self._extra:
+            if extra.name in self._supervisor.children:
+                self._supervisor.listen(self._supervisor.children[extra.name])
+        await stop("world")
+        self._supervisor.kill_all()
+        self._profile.drain(final=True)
+        self.progress.profiled(self._profile)
+        if self._recorder is not None:
+            self._recorder.close()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Any:
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for number in handled:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._signalled is not None:  # asked twice: do not wait for anybody; the guard sees the robot stopped
+            self._supervisor.kill_all()
+        self._signalled = self._signalled or number
+        self.progress.event("relod", f"{number.name}: stopping the robot")
+        self._ended.set()
+
+
+class _Interrupted(RelodError):
+    """A signal came during the start."""
+
+
+def _first(group: BaseExceptionGroup[RelodError]) -> RelodError | None:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, RelodError)
+    return None if isinstance(error, _Interrupted) else error

@@ -1,0 +1,65 @@
+"""A run as it was resolved: names looked up, settings loaded, hardware or simulation decided. Plain values only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Settings
+from ..robots.registry import TaskEntry
+from ..types import Task
+from .clock import NS_PER_S
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is decided before anything starts."""
+
+    task_name: str
+    entry: TaskEntry
+    task: Task
+    mode: str
+    algorithm_name: str
+    algorithm_target: str  # "module:attribute"
+    algorithm: Any  # algos.agent.Algorithm; not named here, so that a robot without torch can have a plan
+    preset: str
+    preset_reason: str
+    settings: Settings
+    robot: str | None  # None: simulated
+    camera: str | None  # None: simulated
+    world: str
+    clock: str
+
+    @property
+    def simulated(self) -> bool:
+        """Whether no hardware moves."""
+        return self.robot is None
+
+    @property
+    def device_text(self) -> str:
+        """What acts and sees, for banner, JSON and records."""
+        if self.robot is None and self.camera is None:
+            return "SIMULATED"
+        return f"robot {self.robot or 'SIMULATED'}, camera {self.camera or 'SIMULATED'}"
+
+    @property
+    def task_builder(self) -> Callable[[], Task]:
+        """Builds the task again, in another process."""
+        return functools.partial(self.entry.build, self.settings.task)
+
+    @property
+    def cycle_s(self) -> float:
+        return self.task.spec.cycle_ns / NS_PER_S
+
+    @property
+    def max_steps(self) -> int:
+        """Environment steps of the run; 0 for no limit."""
+        run = self.settings.run
+        limits = [run.steps] if run.steps else []
+        if run.minutes:
+            limits.append(max(1, round(run.minutes * 60 / self.cycle_s)))
+        return min(limits, default=0)

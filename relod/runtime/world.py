@@ -1,0 +1,69 @@
+"""The emulator process: the simulated world in real time, behind the robot's real wire protocol.
+
+It outlives its parent until the wheels stand, so that its log can say what the robot did when everything died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from ..config import Section
+from ..types import TaskSpec
+from .processes import Channel, Ready, load_attribute
+
+__all__ = ["NEW_EPISODE", "WorldJob", "run_world"]
+
+NEW_EPISODE = "new episode"  # told by the parent; a world may change its look
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldJob:
+    """What the emulator process is given."""
+
+    serve: str  # "module:attribute" of the robot's serve_world
+    settings: Section
+    seed: int
+    spec: TaskSpec
+    folder: Path  # for its sockets
+    wheel_log: Path | None
+
+
+def run_world(channel: Channel, job: WorldJob) -> None:
+    """Body of the emulator process."""
+    uvloop.run(_run(channel, job))
+
+
+async def _run(channel: Channel, job: WorldJob) -> None:
+    stop, new_episode = asyncio.Event(), asyncio.Event()
+
+    def on_tell(text: str) -> None:
+        if text == NEW_EPISODE:
+            new_episode.set()
+
+    async def until_finished() -> None:
+        await channel.finished(on_tell)
+        stop.set()
+
+    finished = asyncio.create_task(until_finished(), name="finished")
+    frames = job.folder / "frames.sock"
+    try:
+        await load_attribute(job.serve)(
+            job.settings,
+            job.seed,
+            job.spec,
+            on_ready=lambda where: channel.send(Ready({**where, "frames": str(frames)})),
+            stop=stop,
+            new_episode=new_episode,
+            control=job.folder / "world.sock",
+            frames=frames,
+            wheel_log=job.wheel_log,
+        )
+    finally:
+        finished.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await finished
