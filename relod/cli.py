@@ -8,13 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from . import __version__
-from .errors import EXIT_BUG, EXIT_OK, EXIT_SETTINGS, EXIT_SIGINT, RelodError
+from .errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, RelodError
 
 __all__ = ["run"]
 
@@ -54,14 +53,10 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, stream=sys.stderr)
     try:
-        result = app(args=[a for a in arguments if a != "--debug"], prog_name="relod", standalone_mode=False)
-        return result if isinstance(result, int) else EXIT_OK
-    except click.exceptions.Exit as end:
-        return end.exit_code
-    except click.ClickException as error:
-        error.show(sys.stderr)
-        return EXIT_SETTINGS
-    except (click.Abort, KeyboardInterrupt):
+        app(args=[a for a in arguments if a != "--debug"], prog_name="relod")
+    except SystemExit as end:  # the command line's own: usage errors, --help, and `_end`
+        return end.code if isinstance(end.code, int) else EXIT_BUG
+    except KeyboardInterrupt:
         return EXIT_SIGINT
     except RelodError as error:
         if debug:
@@ -72,6 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         return _unwrap(group)
+    return EXIT_OK
 
 
 def _unwrap(group: BaseExceptionGroup) -> int:
@@ -85,6 +81,10 @@ def _unwrap(group: BaseExceptionGroup) -> int:
     assert isinstance(first, RelodError)
     print(f"relod: {first}", file=sys.stderr)
     return first.exit_code
+
+
+def _end(code: int) -> NoReturn:
+    raise typer.Exit(code)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def robot(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Drive a robot and learn. With no --robot the world is simulated behind the robot's real wire protocol."""
     from .runtime.modes import Request, run_robot
 
@@ -159,14 +159,14 @@ def robot(
         _print_json(result.summary)
     if result.error is not None:
         print(f"relod: {result.error}", file=sys.stderr)
-    return result.exit_code
+    _end(result.exit_code)
 
 
 @app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="Run folder of a run made with --record.")],
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Feed a recorded run through the cycle again and compare every command and transition."""
     from .runtime.recording import replay_run
 
@@ -174,7 +174,7 @@ def replay(
     if as_json:
         _print_json(report.to_dict())
     print(report, file=sys.stderr)
-    return EXIT_OK if report.identical else EXIT_BUG
+    _end(EXIT_OK if report.identical else EXIT_BUG)
 
 
 @app.command()
@@ -188,7 +188,7 @@ def check(
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """Commission a robot, wheels off the floor: sensors, camera, wheels, and how fast it stops."""
     from .runtime.modes import run_check
 
@@ -203,7 +203,7 @@ def check(
     )
     if as_json:
         _print_json(document)
-    return code
+    _end(code)
 
 
 @emulate.command("create")
@@ -220,11 +220,11 @@ def emulate_create(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     config: ConfigOption = None,
     assignments: SetOption = None,
-) -> int:
+) -> None:
     """A simulated Create 2 on a pseudo-terminal, with its camera; prints the port. Ctrl-C ends it."""
     from .runtime.modes import run_emulator
 
-    return run_emulator(
+    code = run_emulator(
         task="create",
         link=link,
         control=control,
@@ -236,20 +236,20 @@ def emulate_create(
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
     )
+    _end(code)
 
 
 @app.command()
-def modes(as_json: JsonOption = False) -> int:
+def modes(as_json: JsonOption = False) -> None:
     """Which process runs where in each mode."""
     from .runtime.modes import describe_modes
 
     table = describe_modes()
     if as_json:
         _print_json({"modes": table})
-        return EXIT_OK
+        return
     for row in table:
-        print(f"{row['mode']:14}{row['status']:12}acts: {row['acts']:45}learns: {row['learns']}")
-    return EXIT_OK
+        print(f"{row['mode']:14}acts: {row['acts']:45}learns: {row['learns']}")
 
 
 @app.command()
@@ -257,14 +257,13 @@ def settings(
     task: TaskOption = "create",
     algorithm: Annotated[str, typer.Option("--algorithm", "--algo")] = "sac",
     as_json: JsonOption = False,
-) -> int:
+) -> None:
     """List every setting with its default, type, bounds and meaning."""
     from .runtime.modes import describe_settings
 
     rows = describe_settings(task, algorithm)
     if as_json:
         _print_json({"settings": [{"name": n, "default": d, "description": t} for n, d, t in rows]})
-        return EXIT_OK
+        return
     for name, default, text in rows:
         print(f"{name} = {default!r}\n    {text}")
-    return EXIT_OK

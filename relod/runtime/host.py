@@ -34,7 +34,7 @@ from .rundir import RunFolder
 from .sentinel import SentinelJob
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing
-from .view import live_view
+from .view import View, open_view
 from .world import NEW_EPISODE, WorldJob
 
 __all__ = ["ChildSpec", "Result", "RobotHost", "Sink"]
@@ -55,6 +55,14 @@ class Sink(Protocol):
         """The next step or end of an episode."""
         ...
 
+    def poll(self) -> dict[str, float | str]:
+        """Figures of the learner since the last call; empty when there are none."""
+        ...
+
+    def finish(self) -> None:
+        """No more experience will come."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
@@ -63,7 +71,6 @@ class ChildSpec:
     name: str
     target: str
     job: Callable[[], Any]
-    on_restart: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,15 +154,21 @@ class RobotHost:
         return Result(summary=summary, exit_code=code, error=self._error)
 
     async def _run(self) -> None:
-        with self._signals(), tempfile.TemporaryDirectory(prefix="relod-") as sockets:
-            async with live_view(self.progress.state, VIEW_PERIOD_S):
-                try:
-                    await self._start(Path(sockets))
-                    await self._serve()
-                except* RelodError as group:
-                    self._error = _first(group)
-                finally:
-                    await self._stop()
+        with self._signals(), tempfile.TemporaryDirectory(prefix="relod-") as sockets, open_view() as view:
+            books = asyncio.create_task(self._keep_books(view), name="books")
+            try:
+                await self._start(Path(sockets))
+                await self._serve(books)
+            except _Interrupted:
+                pass
+            except RelodError as error:
+                self._error = self._error or error
+            finally:
+                await self._stop()
+                books.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await books
+                view.show(self.progress.state, monotonic_ns())
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
@@ -255,7 +268,7 @@ class RobotHost:
 
     # -- run -----------------------------------------------------------------------------------------------------------
 
-    async def _serve(self) -> None:
+    async def _serve(self, books: asyncio.Task[None]) -> None:
         """Until the control process has closed its stream, a signal came, or a child is lost for good."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._shared.stream.fileno(), self._guarded, self._take_messages)
@@ -264,27 +277,33 @@ class RobotHost:
             async with self._supervisor.watching():
                 failed = asyncio.create_task(self._supervisor.failed.wait(), name="failed")
                 ended = asyncio.create_task(self._ended.wait(), name="ended")
-                books = asyncio.create_task(self._keep_books(), name="books")
                 await asyncio.wait([failed, ended, books], return_when=asyncio.FIRST_COMPLETED)
-                for task in (failed, ended, books):
-                    task.cancel()
-                if books.done() and not books.cancelled() and (error := books.exception()) is not None:
-                    raise error
+                failed.cancel()
+                ended.cancel()
+                if books.done():
+                    books.result()  # it only ends by a defect
         finally:
             loop.remove_reader(self._shared.frames_signal.fileno())
         if self._supervisor.failure is not None:
             raise self._supervisor.failure
 
-    async def _keep_books(self) -> None:
-        """Profile and view once per view period, metrics every few seconds."""
+    async def _keep_books(self, view: View) -> None:
+        """Profile, learner and view once per view period, metrics every few seconds."""
         next_metrics_ns = monotonic_ns()
         while True:
-            self._profile.drain()
-            self.progress.profiled(self._profile)
+            self._guarded(self._close_period)
             if monotonic_ns() >= next_metrics_ns:
                 next_metrics_ns = monotonic_ns() + int(METRICS_PERIOD_S * NS_PER_S)
-                self.progress.write_metrics(self._profile)
+                self._guarded(lambda: self.progress.write_metrics(self._profile))
+            view.show(self.progress.state, monotonic_ns())
             await asyncio.sleep(VIEW_PERIOD_S)
+
+    def _close_period(self) -> None:
+        self._profile.drain()
+        learned = self._sink.poll()
+        if learned:
+            self.progress.report("worker", learned)
+        self.progress.profiled(self._profile)
 
     def _guarded(self, take: Callable[[], None]) -> None:
         """Errors in a reader's callback end the run as they would in a task."""
@@ -336,9 +355,6 @@ class RobotHost:
 
     def _restarted(self, name: str) -> None:
         self.progress.restarted(name)
-        for extra in self._extra:
-            if extra.name == name:
-                extra.on_restart()
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -352,18 +368,16 @@ class RobotHost:
             self._take_messages()
         if device is not None:
             self._supervisor.listen(device)
+        self._sink.finish()
         await asyncio.gather(
             stop("camera"),
             stop("sentinel"),
             *(stop(extra.name, limit_s=WORKER_STOP_LIMIT_S) for extra in self._extra),
         )
-        for extra in self._extra:
-            if extra.name in self._supervisor.children:
-                self._supervisor.listen(self._supervisor.children[extra.name])
         await stop("world")
         self._supervisor.kill_all()
         self._profile.drain(final=True)
-        self.progress.profiled(self._profile)
+        self._guarded(self._close_period)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -389,11 +403,3 @@ class RobotHost:
 
 class _Interrupted(RelodError):
     """A signal came during the start."""
-
-
-def _first(group: BaseExceptionGroup[RelodError]) -> RelodError | None:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, RelodError)
-    return None if isinstance(error, _Interrupted) else error

@@ -67,7 +67,7 @@ class SpanRing:
         """Spans of process `name` since the last call, oldest first."""
         rows = self._row(name).copy()
         check = rows["seq"] ^ rows["stage"] ^ rows["index"] ^ _bits(rows["start_ns"]) ^ _bits(rows["end_ns"])
-        fresh = rows[(rows["check"] == check) & (rows["seq"] > self._drained[name])]
+        fresh: npt.NDArray[Any] = rows[(rows["check"] == check) & (rows["seq"] > self._drained[name])]
         fresh = fresh[np.argsort(fresh["seq"])]
         if len(fresh):
             self.lost += int(fresh["seq"][-1]) - self._drained[name] - len(fresh)

@@ -1,0 +1,237 @@
+"""What an algorithm offers to the runtime, and the actor that runs its policy.
+
+An algorithm is an object named by a "module:attribute" text and imported only when chosen. It declares what it needs
+(`Needs`), builds the network that is shipped to robots (a policy) and the learner that improves it. It never sees
+processes, links or files.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import Section
+from ..errors import SettingsError
+from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
+from .batch import Batch, Window
+
+__all__ = [
+    "Algorithm",
+    "FixedPolicy",
+    "Learner",
+    "Needs",
+    "PolicySource",
+    "TorchActor",
+    "bind_policy",
+    "find_algorithm",
+    "flatten_policy",
+    "policy_from_state",
+    "policy_size",
+]
+
+POLICY_PREFIX = "policy."  # of the policy's own tensors in a learner's state
+
+SectionT_contra = TypeVar("SectionT_contra", bound=Section, contravariant=True)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the runtime must know of an algorithm's settings."""
+
+    replay: bool  # transitions from a replay, in minibatches
+    batch_size: int
+    n_step: int
+    gamma: float  # discount per action cycle
+    window: Window  # augmentation of the images, and what the actor cuts out
+    init_steps: int  # environment steps of uniform random actions before the first update
+    init_hold: int  # cycles for which one of those actions is held
+    max_updates_per_step: float  # cap on the update-to-data ratio
+
+
+class Learner(Protocol):
+    """Owns networks and optimisers. Deterministic for a seed, a device, a thread count and the same batches."""
+
+    def update(self, batch: Batch) -> None:
+        """One gradient update; never waits for the device."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Losses and the like of the newest update; the one call that waits for the device."""
+        ...
+
+    def policy(self) -> nn.Module:
+        """The policy as it stands; its parameters change with the next update."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on: networks, targets, optimisers, random state. The policy's are `policy.*`."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; `SettingsError` when it belongs to other settings."""
+        ...
+
+
+class Algorithm(Protocol[SectionT_contra]):
+    """An algorithm's entry in the registry."""
+
+    @property
+    def settings_type(self) -> type[Section]:
+        """Type of the `agent` section."""
+        ...
+
+    @property
+    def presets(self) -> Mapping[str, RawSettings]:
+        """Trees of settings by preset name, for example `{"agent": {...}, "replay": {...}}`."""
+        ...
+
+    def needs(self, spec: TaskSpec, settings: SectionT_contra) -> Needs:
+        """What the runtime must provide."""
+        ...
+
+    def build_actor(self, spec: TaskSpec, settings: SectionT_contra) -> nn.Module:
+        """The policy network.
+
+        Called with images `(B, k, h, w, 3) uint8` of the window's size, proprioception `(B, P) float32` and standard
+        normal noise `(B, A) float32` (zeros for the deterministic action); gives actions `(B, A)` in [-1, 1] and
+        extras `(B, E)`.
+        """
+        ...
+
+    def build_learner(self, spec: TaskSpec, settings: SectionT_contra, *, seed: int, device: torch.device) -> Learner:
+        """A learner with freshly initialised networks."""
+        ...
+
+
+def find_algorithm(name: str) -> Algorithm[Any]:
+    """Import the algorithm called "module:attribute"; `SettingsError` when there is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingsError(f"no algorithm {name!r}: {error}", 'name one as "module:attribute"') from error
+    return found  # type: ignore[no-any-return]
+
+
+def policy_size(policy: nn.Module) -> int:
+    """Number of float32 values that make up a policy."""
+    return sum(parameter.numel() for parameter in policy.parameters())
+
+
+def flatten_policy(policy: nn.Module) -> FloatArray:
+    """The policy's parameters in one float32 vector, in the order of `parameters()`."""
+    values = torch.cat([parameter.detach().reshape(-1).float() for parameter in policy.parameters()])
+    flat: FloatArray = values.cpu().numpy()
+    return flat
+
+
+def bind_policy(policy: ModuleT, flat: FloatArray) -> ModuleT:
+    """Make the policy's parameters views of `flat`, so that new values there need no decoding; for acting only."""
+    if flat.size != policy_size(policy):
+        raise SettingsError(
+            f"a policy of {flat.size} values does not fit a network of {policy_size(policy)}",
+            "robot and learner must use the same task and agent settings",
+        )
+    values, start = torch.from_numpy(flat), 0
+    for parameter in policy.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = values[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    return policy.eval()
+
+
+def policy_from_state(policy: ModuleT, state: Mapping[str, Tensor]) -> ModuleT:
+    """Load the policy's tensors out of a learner's state, for example from a checkpoint."""
+    own = {name.removeprefix(POLICY_PREFIX): t for name, t in state.items() if name.startswith(POLICY_PREFIX)}
+    try:
+        policy.load_state_dict(own)
+    except RuntimeError as error:
+        hint = "use the task and agent settings of its run"
+        raise SettingsError(f"the checkpoint belongs to another network: {error}", hint) from error
+    return policy.eval()
+
+
+class PolicySource(Protocol):
+    """Where an actor finds the policy of the moment."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def version(self) -> tuple[int, int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedPolicy:
+    """A policy that never changes, for evaluation."""
+
+    module: nn.Module
+    version: tuple[int, int] = (1, 0)
+
+
+class TorchActor:
+    """Runs a policy on single observations; implements `types.Actor`.
+
+    The first `needs.init_steps` actions are uniform in [-1, 1], each held for `needs.init_hold` cycles; so are those
+    of steps without any policy. All randomness comes from `rng`, so a run can be repeated bit by bit.
+    """
+
+    def __init__(
+        self,
+        source: PolicySource,
+        spec: TaskSpec,
+        needs: Needs,
+        rng: np.random.Generator,
+        *,
+        deterministic: bool = False,
+        steps_done: int = 0,
+    ) -> None:
+        self.steps_done = steps_done  # environment steps of the run so far
+        self._source = source
+        self._needs = needs
+        self._rng = rng
+        self._deterministic = deterministic
+        self._no_noise = np.zeros(spec.action_dim, np.float32)
+        self._held = self._no_noise
+        self._held_left = 0
+        self._window = needs.window
+        self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
+
+    def act(self, observation: Observation) -> Action:
+        """The action for `observation`, with the version of the policy it came from."""
+        version = self._source.version
+        warming_up = self.steps_done < self._needs.init_steps or version == (0, 0)
+        self.steps_done += 1
+        if warming_up and not self._deterministic:
+            return Action(values=self._random_action(), policy_version=(0, 0))
+        values, extras = self._run(observation)
+        return Action(values=values, policy_version=version, extras=extras)
+
+    def _random_action(self) -> FloatArray:
+        if self._held_left == 0:
+            self._held = self._rng.uniform(-1.0, 1.0, self._no_noise.shape).astype(np.float32)
+            self._held_left = self._needs.init_hold
+        self._held_left -= 1
+        return self._held.copy()
+
+    def _run(self, observation: Observation) -> tuple[FloatArray, FloatArray]:
+        (top, left), (height, width) = self._window.centre, self._window.out_hw
+        for slot, image in zip(self._images[0], observation.images, strict=True):
+            slot[:] = image[top : top + height, left : left + width]
+        noise = self._no_noise
+        if not self._deterministic:
+            noise = self._rng.standard_normal(noise.shape, np.float32)
+        with torch.inference_mode():
+            values, extras = self._source.module(
+                torch.from_numpy(self._images),
+                torch.from_numpy(observation.proprio)[None],
+                torch.from_numpy(noise)[None],
+            )
+        return values[0].numpy(), extras[0].numpy()

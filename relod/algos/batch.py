@@ -1,0 +1,88 @@
+"""What updates are made of, without torch: minibatches, and the windows that augmentation cuts from images.
+
+The replay fills a `Batch`, a learner consumes it. Frames stay whole, `(B, k, H, W, 3)`: measured at B=64, k=3 and
+48x64 pixels on one core, interleaving the stack into 3k channels takes 3.6 ms (numpy) to 13 ms (torch), copying
+whole frames 0.8 ms, and a convolution over `(k, y, x)` reads them as they lie at the same speed (see nets.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..types import Image
+
+__all__ = ["Batch", "Window", "centre_window", "copy_window", "crop_window", "shift_window"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Transitions `(s, a, R, d, s')`; the target is `R + d * V(s')`. Valid until the next one is drawn."""
+
+    images: npt.NDArray[np.uint8]  # (B, k, h, w, 3), oldest frame first
+    next_images: npt.NDArray[np.uint8]  # (B, k, h, w, 3)
+    proprio: npt.NDArray[np.float32]  # (B, P)
+    next_proprio: npt.NDArray[np.float32]  # (B, P)
+    actions: npt.NDArray[np.float32]  # (B, A) in [-1, 1]
+    rewards: npt.NDArray[np.float32]  # (B,) discounted sum over the n-step window
+    discounts: npt.NDArray[np.float32]  # (B,) gamma^m of the m steps summed, 0 where the episode terminated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A rectangle of `out_hw` pixels with its corner drawn from `low..high`; outside the image edges repeat."""
+
+    in_hw: tuple[int, int]
+    out_hw: tuple[int, int]
+    low: tuple[int, int]  # (y, x) of the corner, inclusive
+    high: tuple[int, int]  # inclusive
+    centre: tuple[int, int]  # the corner an actor uses
+
+    def offsets(self, rng: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
+        """Corners `(count, 2)`, uniform; one draw per sample serves all frames of its stack."""
+        return rng.integers(self.low, np.add(self.high, 1), (count, 2))
+
+
+def centre_window(in_hw: tuple[int, int]) -> Window:
+    """The image as it is: no augmentation."""
+    return Window(in_hw=in_hw, out_hw=in_hw, low=(0, 0), high=(0, 0), centre=(0, 0))
+
+
+def shift_window(in_hw: tuple[int, int], pad_px: int) -> Window:
+    """Random shift by up to `pad_px` each way, edges replicated (DrQ, arXiv 2004.13649)."""
+    return Window(in_hw=in_hw, out_hw=in_hw, low=(-pad_px, -pad_px), high=(pad_px, pad_px), centre=(0, 0))
+
+
+def crop_window(in_hw: tuple[int, int], fraction: float) -> Window:
+    """Random crop of the paper's own runs: margins of `round(fraction * size)` on every side.
+
+    Training corners are drawn from 0..margin only, so the actor's centre crop is a corner of their range.
+    """
+    margin_y, margin_x = round(fraction * in_hw[0]), round(fraction * in_hw[1])
+    out_hw = (in_hw[0] - 2 * margin_y, in_hw[1] - 2 * margin_x)
+    margins = (margin_y, margin_x)
+    return Window(in_hw=in_hw, out_hw=out_hw, low=(0, 0), high=margins, centre=margins)
+
+
+def copy_window(source: Image, corner_y: int, corner_x: int, target: Image) -> None:
+    """Copy the window at `(corner_y, corner_x)` of `source` `(k, H, W)` into `target` `(k, h, w)`.
+
+    The window must overlap the image. Pixels are single items of 3 bytes (dtype V3). Slices, not index arrays: 0.8 ms against 37 ms for 64 stacks.
+    """
+    height, width = source.shape[1:3]
+    out_h, out_w = target.shape[1:3]
+    top, bottom = max(0, -corner_y), min(out_h, height - corner_y)
+    left, right = max(0, -corner_x), min(out_w, width - corner_x)
+    target[:, top:bottom, left:right] = source[
+        :, corner_y + top : corner_y + bottom, corner_x + left : corner_x + right
+    ]
+    if left:
+        target[:, top:bottom, :left] = target[:, top:bottom, left : left + 1]
+    if right < out_w:
+        target[:, top:bottom, right:] = target[:, top:bottom, right - 1 : right]
+    if top:
+        target[:, :top] = target[:, top : top + 1]
+    if bottom < out_h:
+        target[:, bottom:] = target[:, bottom - 1 : bottom]

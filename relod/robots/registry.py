@@ -1,0 +1,112 @@
+"""Tasks and algorithms by name. Names lead to "module:attribute" texts, imported only when they are chosen.
+
+Other packages add theirs through the entry point groups `relod.tasks` and `relod.algorithms`; the names built in
+here win. A name with a colon is taken as "module:attribute" itself. Names come from the command line and from
+settings of this host only, never from the wire.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from ..config import Section
+from ..errors import SettingsError
+from ..types import Task
+
+__all__ = ["ALGORITHMS", "TASKS", "TaskEntry", "algorithm", "load_attribute", "names", "target", "task"]
+
+TASKS = {"create": "relod.robots.create2.reacher:CREATE_REACHER"}
+ALGORITHMS = {"sac": "relod.algos.sac:SAC"}
+
+KINDS = {"task": (TASKS, "relod.tasks"), "algorithm": (ALGORITHMS, "relod.algorithms")}  # kind -> built in, group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskEntry:
+    """What a task's name stands for: the task, its robot, and both of the robot's worlds."""
+
+    robot: str  # the robot's name
+    settings: Mapping[str, str]  # section (task, robot, sim) -> "module:attribute" of its type
+    build: Callable[[Any], Task]  # the `task` section -> the task
+    driver: str  # "module:attribute" of the device's driver
+    emulator: str  # "module:attribute" of the simulated world in real time, behind the robot's wire protocol
+    world: str  # "module:attribute" of the simulated world in virtual time
+    worlds: str  # "module:attribute" of a mapping: name of a world -> tree of settings that makes it
+    sensor_names: tuple[str, ...]
+    command_names: tuple[str, ...]
+
+    def sections(self) -> dict[str, type[Section]]:
+        """The settings' types by section, as `config.load` wants them."""
+        found = {
+            section: load_attribute(target, f"the {section} settings") for section, target in self.settings.items()
+        }
+        for section, kind in found.items():
+            if not (isinstance(kind, type) and issubclass(kind, Section)):
+                raise SettingsError(f"{self.settings[section]!r} is not a section of settings but {kind!r}")
+        return found
+
+
+def task(name: str) -> TaskEntry:
+    """The task called `name`; `SettingsError` when there is none or it cannot be imported."""
+    entry = load_attribute(target("task", name), f"task {name!r}")
+    if not isinstance(entry, TaskEntry):
+        raise SettingsError(f"task {name!r} is {entry!r}", "a task is registered as a relod.robots.registry.TaskEntry")
+    return entry
+
+
+def algorithm(name: str) -> Any:
+    """The algorithm called `name`, as its room defines it; `SettingsError` as for `task`."""
+    return load_attribute(target("algorithm", name), f"algorithm {name!r}")
+
+
+def names(kind: str) -> dict[str, str]:
+    """All known names of a kind (`task` or `algorithm`) and where they lead, for lists and help."""
+    built_in, group = KINDS[kind]
+    return {**{point.name: point.value for point in entry_points(group=group)}, **built_in}
+
+
+def target(kind: str, name: str) -> str:
+    """The "module:attribute" a name stands for, nothing imported; `SettingsError` with the names there are."""
+    built_in, _ = KINDS[kind]
+    if name in built_in:  # before the entry points, whose lookup reads the metadata of every installed package
+        return built_in[name]
+    if ":" in name:
+        return name
+    known = names(kind)
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    listed = f"known: {', '.join(sorted(known))}"
+    raise SettingsError(f"unknown {kind} {name!r}", f"did you mean {close[0]}? {listed}" if close else listed)
+
+
+def load_attribute(path: str, what: str) -> Any:
+    """Import "module:attribute".
+
+    Raises:
+        SettingsError: the text has another form, the module or something it needs is missing, or the module has no
+            such attribute; the message begins with `what` and says which of these it was.
+    """
+    module_name, colon, attribute = path.partition(":")
+    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
+        raise SettingsError(f"{what}: {path!r} is not of the form module:attribute", "for example my_robot.task:ENTRY")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        if module_name == missing or module_name.startswith(f"{missing}."):
+            raise SettingsError(f"{what}: there is no module {missing!r}", f"{path!r} was asked for") from error
+        raise SettingsError(
+            f"{what}: {module_name} needs the module {missing!r}, which is not installed", f"install {missing}"
+        ) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        close = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"did you mean {module_name}:{close[0]}?" if close else f"look into {module_name}"
+        raise SettingsError(f"{what}: module {module_name!r} has no attribute {attribute!r}", hint) from error

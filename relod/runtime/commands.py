@@ -1,0 +1,71 @@
+"""The way of commands from the control process to the device process: the newest wins, and only while it is fresh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ..types import NO_REQUEST
+from .shared import Ring
+
+__all__ = ["CommandRing", "Leash"]
+
+
+class CommandRing:
+    """The newest command of one robot; the control process writes, the device process executes.
+
+    A request is one-off: it is executed when `request_id` grows, and stays in all later records, so that a newer
+    command written before the device process looked does not lose it.
+    """
+
+    def __init__(self, width: int, capacity: int = 64) -> None:
+        fields = [("tick", "<u8"), ("deadline_ns", "<i8"), ("issued_ns", "<i8"), ("values", "<f8", (width,))]
+        self.ring = Ring(
+            "commands", [*fields, ("request", "<u4"), ("request_id", "<u8"), ("writer_pid", "<u4")], capacity
+        )
+        self.signal = self.ring.add_signal()
+        self._request = NO_REQUEST
+        self._request_id = self._first_request_id = 0
+
+    def take_over(self) -> None:
+        """Become the writer; request ids go on after those of the writer before."""
+        self.ring.take_over()
+        newest = self.ring.newest()
+        if newest is not None:
+            self._request = int(newest[1]["request"])
+            self._request_id = self._first_request_id = int(newest[1]["request_id"])
+
+    def publish(
+        self,
+        *,
+        tick: int,
+        deadline_ns: int,
+        issued_ns: int,
+        values: Sequence[float],
+        request: int = NO_REQUEST,
+        request_id: int = 0,
+    ) -> None:
+        """Give the next command; `request_id` counts this writer's requests from 1."""
+        if request != NO_REQUEST:
+            self._request, self._request_id = request, self._first_request_id + request_id
+        self.ring.publish((tick, deadline_ns, issued_ns, tuple(values), self._request, self._request_id, os.getpid()))
+
+
+class Leash:
+    """Whether the robot may move. Pure; moves: held -> loose on a fresh command, loose -> held on all else."""
+
+    def __init__(self, limit_ns: int) -> None:
+        self.limit_ns = limit_ns
+        self.held = True
+        self.issued_ns = 0
+
+    def offer(self, issued_ns: int, now_ns: int) -> bool:
+        """Whether a command issued then may be executed now; if so the leash is loose."""
+        if now_ns - issued_ns > self.limit_ns:
+            return False
+        self.held, self.issued_ns = False, issued_ns
+        return True
+
+    def expired(self, now_ns: int) -> bool:
+        """Whether the robot moves, if it does, on a command that is too old."""
+        return not self.held and now_ns - self.issued_ns > self.limit_ns

@@ -1,0 +1,340 @@
+"""The live view: one run on one terminal screen, four times a second; a line every ten seconds where there is none.
+
+`render` is a pure function of the state and the space. Nothing here reads a clock or talks to another process, and
+everything goes to stderr: stdout belongs to `--json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, TypeAlias
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.segment import Segment
+from rich.style import Style
+
+from .blocks import half_blocks, sparkline
+from .clock import NS_PER_S
+from .viewstate import RunState
+
+__all__ = ["LiveView", "PlainView", "Screen", "View", "open_view", "render", "summary_line"]
+
+REFRESH_NS = NS_PER_S // 4
+LINE_EVERY_NS = 10 * NS_PER_S
+
+IMAGE_CELLS = (48, 18)  # columns and rows; with two pixels a cell, 48 x 36 of a 4:3 picture
+WIDE_COLUMNS = 104  # from here on there is room for picture and figures side by side
+TREND_EPISODES = 20
+CHART_ROWS = 6
+
+WARNINGS_SHOWN = 3
+
+DIM, GOOD, WARN, BAD, CHART, FRAME = "grey62", "green3", "yellow3", "bold red3", "deep_sky_blue1", "grey42"
+
+Line: TypeAlias = list[Segment]
+Lines: TypeAlias = list[Line]
+
+
+class View(Protocol):
+    """What shows a run to a person; a context manager."""
+
+    def show(self, state: RunState, now_ns: int) -> None:
+        """Show the state if it is time to; call it as often as you like, and set no rhythm by it."""
+        ...
+
+    def __enter__(self) -> View: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_view(console: Console | None = None) -> View:
+    """The view that suits stderr: `LiveView` on a terminal that can be drawn on, else `PlainView`."""
+    console = console or Console(stderr=True)
+    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
+
+
+class LiveView:
+    """Redraws the screen in place; what others print to the terminal meanwhile appears above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+        self._state: RunState | None = None
+        self._next_ns: int | None = None
+
+    def show(self, state: RunState, now_ns: int) -> None:
+        """Draw at most every 250 ms."""
+        self._state = state
+        if self._next_ns is None or now_ns >= self._next_ns:
+            self._next_ns = now_ns + REFRESH_NS
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._state is not None:
+            width, height = self._console.size
+            # One row less than there is: filling the last row makes some terminals scroll.
+            self._live.update(render(self._state, width, height - 1), refresh=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._draw()  # what stays on the screen is how the run ended
+        self._live.stop()
+
+
+class PlainView:
+    """One line every ten seconds, and each warning once: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next_ns: int | None = None
+        self._warned: set[str] = set()
+
+    def show(self, state: RunState, now_ns: int) -> None:
+        """Print warnings that are new, and a line when ten seconds have passed."""
+        for text in (state.alarm, *state.warnings):
+            if text and text not in self._warned:
+                self._warned.add(text)
+                self._print(f"warning: {text}")
+        if self._next_ns is None or now_ns >= self._next_ns:
+            self._next_ns = now_ns + LINE_EVERY_NS
+            self._print(summary_line(state))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+# -- the screen ------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Ready lines. Laid out here and not by rich's panels and tables, which take three times as long for it."""
+
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.lines:
+            yield from line
+            yield Segment.line()
+
+
+def render(state: RunState, width: int, height: int) -> Screen:
+    """The state on at most `width` x `height` characters; what there is no room for is cut from picture and figures."""
+    head = [_banner(state, width), *_episode_box(state, width), _status_line(state)]
+    tail = _warnings(state)
+    if width >= WIDE_COLUMNS:
+        left_width = IMAGE_CELLS[0] + 4
+        body = _beside(_camera_box(state), _figures(state, width - left_width))
+    else:
+        body = _figures(state, width)
+    lines = [*head, *body[: max(0, height - len(head) - len(tail))], *tail]
+    return Screen([Segment.adjust_line_length(line, width) for line in lines[:height]])
+
+
+def _part(text: str, style: str = "") -> Segment:
+    return Segment(text, Style.parse(style))  # rich remembers parsed styles
+
+
+def _box(title: str, lines: Lines, width: int, note: str = "") -> Lines:
+    """The lines in a frame of `width` characters, with a title above and a note below."""
+    side, inner = _part("│", FRAME), width - 4
+    top = f" {title} "
+    bottom = f" {note} " if note else ""
+    return [
+        [_part("╭─", FRAME), _part(top, "bold"), _part("─" * (width - len(top) - 3) + "╮", FRAME)],
+        *([side, _part(" "), *Segment.adjust_line_length(line, inner), _part(" "), side] for line in lines),
+        [_part("╰" + "─" * (width - len(bottom) - 3), FRAME), _part(bottom, DIM), _part("─╯", FRAME)],
+    ]
+
+
+def _beside(left: Lines, right: Lines) -> Lines:
+    """Two blocks side by side, the left one's lines all of the length of its first."""
+    empty = [_part(" " * Segment.get_line_length(left[0]))]
+    return [
+        [*(left[row] if row < len(left) else empty), *(right[row] if row < len(right) else [])]
+        for row in range(max(len(left), len(right)))
+    ]
+
+
+def _banner(state: RunState, width: int) -> Line:
+    if state.alarm:
+        text, style = f" {state.alarm}", "bold white on red3 blink"
+    elif state.simulated:
+        text, style = " SIMULATED   no hardware is driven", "bold black on cyan3"
+    else:
+        text, style = f" REAL ROBOT   {state.robot}   camera {state.camera}", "bold white on red3"
+    right = f"{state.task} · {state.mode} "
+    return [_part(text + right.rjust(max(0, width - len(text))), style)]
+
+
+def _camera_box(state: RunState) -> Lines:
+    columns, rows = IMAGE_CELLS
+    if state.image is None:
+        return _box("camera", [[_part("no picture yet", DIM)], *[[]] * (rows - 1)], columns + 4)
+    return _box("camera", half_blocks(state.image, columns, rows), columns + 4, f"age {state.frame_age_ms:.0f} ms")
+
+
+def _figures(state: RunState, width: int) -> Lines:
+    return [
+        *_box("return per episode", _returns(state, width - 4), width, f"{state.episodes} episodes"),
+        *_box("timing", _timing(state), width, f"cycle {state.cycle_ms:g} ms"),
+        *_box("learner", _learner(state), width),
+    ]
+
+
+def _returns(state: RunState, width: int) -> Lines:
+    if not state.returns:
+        return [[_part("no episode has ended yet", DIM)]]
+    ends = [f"{max(state.returns):.0f}", f"{min(state.returns):.0f}"]
+    label_width = max(map(len, ends))
+    labels = [ends[0], *[""] * (CHART_ROWS - 2), ends[1]]
+    chart = sparkline(state.returns, max(8, width - label_width - 1), CHART_ROWS)
+    lines = [
+        [_part(f"{label:>{label_width}} ", DIM), _part(blocks, CHART)]
+        for label, blocks in zip(labels, chart, strict=True)
+    ]
+    return [*lines, _trend(state)]
+
+
+def _trend(state: RunState) -> Line:
+    recent, before = state.returns[-TREND_EPISODES:], state.returns[-2 * TREND_EPISODES : -TREND_EPISODES]
+    mean = sum(recent) / len(recent)
+    line = [_part(f"last {len(recent)}: ", DIM), _part(f"{mean:.1f}", "bold")]
+    if before:
+        change = mean - sum(before) / len(before)
+        arrow, style = ("▲", GOOD) if change > 0 else ("▼", WARN) if change < 0 else ("=", DIM)
+        line.append(_part(f"  {arrow} {abs(change):.1f}", style))
+    reached = state.successes[-TREND_EPISODES:]
+    if reached:
+        line += [
+            _part("   reached ", DIM),
+            _part(f"{sum(reached)} of {len(reached)}", GOOD if any(reached) else ""),
+        ]
+    return [*line, _part("   best ", DIM), _part(f"{max(state.returns):.0f}")]
+
+
+def _timing(state: RunState) -> Lines:
+    columns = ("p50", "p99", "max")
+    lines = [[_part(f"{'ms':<12}" + "".join(f"{column:>9}" for column in columns), DIM)]]
+    for name, percentiles in (("lateness", state.lateness), ("act", state.act)):
+        summary = percentiles.summary_ms()
+        values = [summary[column] for column in columns]
+        lines.append([_part(f"{name:<12}", DIM), *(_part(f"{v:9.2f}", _urgency(v, state.cycle_ms)) for v in values)])
+    lines.append([_part("overruns    ", DIM), _part(f"{state.overruns:>9,}", WARN if state.overruns else GOOD)])
+    return lines
+
+
+def _urgency(value_ms: float, limit_ms: float) -> str:
+    """The colour of a duration by how much of its limit it takes; a limit of 0 is none."""
+    return "" if not limit_ms or value_ms <= limit_ms / 2 else WARN if value_ms <= limit_ms else BAD
+
+
+def _learner(state: RunState) -> Lines:
+    epoch, count = state.policy_version
+    lines = [
+        _facts(
+            {
+                "updates": f"{state.updates:,}",
+                "per s": f"{state.updates_per_s:.1f}",
+                "policy": f"{epoch}.{count}",
+                "age": f"{state.policy_age_s:.1f} s",
+            }
+        )
+    ]
+    if state.replay_capacity:
+        fill = _bar(state.replay_steps / state.replay_capacity, 20)
+        lines.append([_part("replay ", DIM), *fill, _part(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
+    if state.losses:
+        lines.append(_facts({name: f"{value:.3g}" for name, value in state.losses.items()}))
+    return lines
+
+
+def _episode_box(state: RunState, width: int) -> Lines:
+    line = [_part(f"{state.phase:<10}", "bold")]
+    if state.episode_steps:
+        line += _bar(state.index / state.episode_steps, max(10, min(60, width - 50)))
+        line += [_part(f" {state.index} of {state.episode_steps}   "), _part("return ", DIM)]
+        line.append(_part(f"{state.episode_return:.0f}"))
+    steps = f"{state.steps:,} of {state.max_steps:,} steps" if state.max_steps else f"{state.steps:,} steps"
+    limit = f" of {state.max_minutes:g}" if state.max_minutes else ""
+    note = f"{steps} · {state.experience_s / 60:.1f}{limit} min of experience · {_clock(state.elapsed_s)} in all"
+    return _box(f"episode {state.episodes + 1}", [line], width, note[: width - 6])
+
+
+def _status_line(state: RunState) -> Line:
+    attention = state.status.get("attention")
+    facts: dict[str, str] = {}
+    for name, value in state.status.items():
+        words, _, last = name.rpartition("_")
+        if name == "attention" or value == "":
+            continue
+        if last in UNITS:
+            facts[name] = f"{words} {value:g} {UNITS[last]}" if isinstance(value, float | int) else value
+        else:
+            facts[name] = ""
+    line = [_part(" "), *_facts({**facts, "sensor age": f"{state.sensor_age_ms:.0f} ms"})]
+    return [_part(f" {attention} ", "bold black on yellow3"), *line] if attention else line
+
+
+def _warnings(state: RunState) -> Lines:
+    return [[_part(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
+
+
+def _facts(facts: Mapping[str, str]) -> Line:
+    return [
+        part
+        for number, (name, value) in enumerate(facts.items())
+        for part in (_part(("   " if number else "") + f"{name} ", DIM), _part(value))
+    ]
+
+
+def _bar(fraction: float, cells: int) -> Line:
+    filled = round(min(1.0, max(0.0, fraction)) * cells)
+    return [_part("━" * filled, CHART), _part("━" * (cells - filled), "grey30")]
+
+
+def _clock(seconds: float) -> str:
+    minutes, whole = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"
+
+
+# -- one line --------------------------------------------------------------------------------------------------------
+
+
+def summary_line(state: RunState) -> str:
+    """The state in one line, for logs."""
+    recent = state.returns[-TREND_EPISODES:]
+    reached = sum(state.successes[-TREND_EPISODES:])
+    parts = [
+        "SIMULATED" if state.simulated else f"REAL ROBOT {state.robot}",
+        _clock(state.elapsed_s),
+        state.phase,
+        f"{state.steps} steps",
+        f"{state.episodes} episodes",
+    ]
+    if recent:
+        parts.append(f"return {sum(recent) / len(recent):.1f} and {reached} reached in the last {len(recent)}")
+    if state.updates:
+        parts.append(f"{state.updates} updates")
+    parts.append(f"lateness p99 {state.lateness.summary_ms()['p99']:.1f} ms")
+    parts.append(f"{state.overruns} overruns")
+    if attention := state.status.get("attention"):
+        parts.append(str(attention))
+    return " | ".join(parts)
