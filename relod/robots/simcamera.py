@@ -39,7 +39,7 @@ class CameraTiming(Section, frozen=True):
     )
     latency_ms: Annotated[float, Meta(ge=0, le=1000, description="middle of the exposure to arrival, mean")] = 45.0
     latency_jitter_ms: Annotated[float, Meta(ge=0, le=200, description="its standard deviation")] = 4.0
-    drop: Annotated[float, Meta(ge=0, le=1, description="probability that a frame is lost")] = 0.004
+    drop: Annotated[float, Meta(ge=0, le=0.9, description="probability that a frame is lost")] = 0.004
     hiccup: Annotated[float, Meta(ge=0, le=1, description="probability that a frame is held up")] = 0.002
     hiccup_min_ms: Annotated[float, Meta(ge=0, le=5000, description="least extra latency of a held-up frame")] = 30.0
     hiccup_max_ms: Annotated[float, Meta(ge=0, le=5000, description="most extra latency of a held-up frame")] = 90.0

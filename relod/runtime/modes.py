@@ -7,6 +7,7 @@ update -> policy. A mode decides who answers an observation and who learns; each
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,3 +204,52 @@ def _task_settings(
         assignments=assignments,
     )
     return entry, settings
+
+
+def run_emulator(
+    *,
+    task: str,
+    link: Path | None,
+    control: Path | None,
+    mjpeg_port: int,
+    wheel_log: Path | None,
+    world: str,
+    seed: int,
+    config: Path | None,
+    environment: Mapping[str, str],
+    assignments: tuple[str, ...],
+) -> int:
+    """A simulated robot alone, until Ctrl-C or SIGTERM; prints a JSON line that says where it is."""
+    import asyncio
+    import signal
+
+    import uvloop
+
+    entry, settings = _task_settings(task, world, config, environment, assignments)
+    spec = entry.build(settings.task).spec
+    serve = registry.load_attribute(entry.emulator, f"the emulator of {task!r}")
+
+    def ready(where: Mapping[str, str]) -> None:
+        print(msgspec.json.encode(where).decode(), flush=True)
+        told = f"--task {task} --robot {where['port']} --camera {where['camera_url']}"
+        print(f"relod: a simulated robot; drive it with your own program, or with: relod robot {told}", file=sys.stderr)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(
+            settings.sim,
+            seed,
+            spec,
+            on_ready=ready,
+            stop=stop,
+            new_episode=asyncio.Event(),
+            link=link,
+            control=control,
+            mjpeg_port=mjpeg_port,
+            wheel_log=wheel_log,
+        )
+
+    uvloop.run(run())
+    return 0

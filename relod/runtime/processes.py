@@ -402,6 +402,8 @@ async def _ended(process: multiprocessing.process.BaseProcess, limit_s: float) -
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
             await readable(_Descriptor(process.sentinel))
+            while process.is_alive():  # its descriptors close a moment before it can be waited for
+                await asyncio.sleep(0.002)  # noqa: ASYNC110
     return not process.is_alive()
 
 

@@ -20,12 +20,12 @@ from ..config import SafetySettings, Section
 from ..errors import RelodError, SafetyStop, StartError, error_with_code
 from ..types import NO_REQUEST, SensorWindow
 from .clock import NS_PER_MS, NS_PER_S, monotonic_ns, sleep_s, sleep_until
-from .device import MAY_BE_MOVING_HINT, TARGET, CommandRing, DeviceJob
+from .device import TARGET, CommandRing, DeviceJob
 from .processes import Channel, Event, Failed, Finish, Ready, child_main
 from .shared import SensorRing
 from .spans import SpanRing
 
-__all__ = ["Commissioning", "Death", "DeviceTrial", "Motion", "TrialPlan"]
+__all__ = ["Commissioning", "Death", "DeviceTrial", "TrialPlan"]
 
 CYCLE_NS = 45 * NS_PER_MS
 POLL_S = 0.005
@@ -33,17 +33,10 @@ START_LIMIT_S = 30.0
 END_LIMIT_S = 3.0
 STILL_PACKETS = 8  # in a row, without motion: it stands
 OBSERVE_LIMIT_NS = 2 * NS_PER_S
+SPIN_UP_S = 0.8  # from standing to full speed, and the encoders have seen it
 RING_CAPACITY = 1024  # packets: 15 s of the Create 2's
 
 Packet = tuple[int, Sequence[float]]  # arrived_ns, values in the order of the driver's sensor names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Motion:
-    """A motion to try."""
-
-    name: str
-    values: tuple[float, ...]  # of the command
 
 
 class Listener(Protocol):
@@ -64,7 +57,7 @@ class Commissioning(Protocol):
     sensor_names: tuple[str, ...]
     command_names: tuple[str, ...]
     take_control: int  # the request after which the robot moves although its wheels hang in the air
-    motions: tuple[Motion, ...]  # each part of the robot by itself
+    motions: tuple[tuple[str, tuple[float, ...]], ...]  # (name, command): each part of the robot by itself
     cruise: tuple[float, ...]  # command from which stopping is measured
 
     def rows(self, window: SensorWindow) -> list[tuple[str, str, str]]:
@@ -234,15 +227,20 @@ class DeviceTrial:
 
     def die(self, death: Death, values: Sequence[float]) -> float | None:
         """Let `death` happen while the robot drives; ms until the sensors show it standing, None if they do not."""
-        cause = {
-            Death.COMMANDS_STOP: self._fall_silent,
-            Death.CONTROL_KILLED: self._lose_control,
-            Death.PARENT_GONE: self._lose_parent,
-            Death.DEVICE_TERMINATED: lambda values: self._signal(signal.SIGTERM, values),
-            Death.DEVICE_KILLED: lambda values: self._signal_unheard(signal.SIGKILL, values),
-            Death.DEVICE_HANGS: lambda values: self._signal_unheard(signal.SIGSTOP, values),
-        }[death]
-        return cause(values)
+        match death:
+            case Death.COMMANDS_STOP:
+                return self._fall_silent(values)
+            case Death.CONTROL_KILLED:
+                return self._lose_control(values)
+            case Death.PARENT_GONE:
+                return self._lose_parent(values)
+            case Death.DEVICE_TERMINATED:
+                os.kill(self.pid, signal.SIGTERM)
+                return self._observe_ring(monotonic_ns(), values)
+            case Death.DEVICE_KILLED:
+                return self._signal_unheard(signal.SIGKILL, values)
+            case Death.DEVICE_HANGS:
+                return self._signal_unheard(signal.SIGSTOP, values)
 
     def _fall_silent(self, values: Sequence[float]) -> float | None:
         self.command(values)
@@ -253,12 +251,13 @@ class DeviceTrial:
         controller = self._context.Process(target=_command_for_ever, args=(self._commands, tuple(values)))
         controller.start()
         begin_ns = monotonic_ns()
-        while self._commands_since(begin_ns) < 5:
+        while not self._commanded_by_another():
             if monotonic_ns() - begin_ns > START_LIMIT_S * NS_PER_S:
                 raise StartError("the stand-in for the control process did not come up")
+            self.keep_commanding(values)
             self.listen()
             sleep_s(POLL_S)
-        sleep_s(0.6)
+        sleep_s(SPIN_UP_S)
         controller.kill()
         killed_ns = monotonic_ns()
         stopped_ms = self._observe_ring(killed_ns, None)
@@ -266,16 +265,12 @@ class DeviceTrial:
         self._commands.take_over()
         return stopped_ms
 
-    def _commands_since(self, begin_ns: int) -> int:
-        ring = self._commands.ring
-        return sum(int(record["writer_pid"]) != os.getpid() for _, record in ring.since(ring.newest_seq - 8))
+    def _commanded_by_another(self) -> bool:
+        newest = self._commands.ring.newest()
+        return newest is not None and int(newest[1]["writer_pid"]) != os.getpid()
 
     def _lose_parent(self, values: Sequence[float]) -> float | None:
         self._channel.close()
-        return self._observe_ring(monotonic_ns(), values)
-
-    def _signal(self, number: signal.Signals, values: Sequence[float]) -> float | None:
-        os.kill(self.pid, number)
         return self._observe_ring(monotonic_ns(), values)
 
     def _signal_unheard(self, number: signal.Signals, values: Sequence[float]) -> float | None:
@@ -360,8 +355,3 @@ def _grid() -> Iterator[int]:
     while True:
         yield deadline_ns
         deadline_ns += CYCLE_NS
-
-
-def may_be_moving(death: Death) -> SafetyStop:
-    """The error for a robot that did not stop."""
-    return SafetyStop(f"{death.value}: the robot was not seen to stop", MAY_BE_MOVING_HINT)

@@ -6,7 +6,7 @@ everything goes to stderr: stdout belongs to `--json`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -30,6 +30,7 @@ TREND_EPISODES = 20
 CHART_ROWS = 6
 
 WARNINGS_SHOWN = 3
+UNITS = {"mah": "mAh", "percent": "%", "mv": "mV", "ma": "mA", "c": "°C", "ms": "ms", "s": "s"}  # ends of names
 
 DIM, GOOD, WARN, BAD, CHART, FRAME = "grey62", "green3", "yellow3", "bold red3", "deep_sky_blue1", "grey42"
 
@@ -250,19 +251,19 @@ def _learner(state: RunState) -> Lines:
     epoch, count = state.policy_version
     lines = [
         _facts(
-            {
-                "updates": f"{state.updates:,}",
-                "per s": f"{state.updates_per_s:.1f}",
-                "policy": f"{epoch}.{count}",
-                "age": f"{state.policy_age_s:.1f} s",
-            }
+            [
+                ("updates", f"{state.updates:,}"),
+                ("per s", f"{state.updates_per_s:.1f}"),
+                ("policy", f"{epoch}.{count}"),
+                ("age", f"{state.policy_age_s:.1f} s"),
+            ]
         )
     ]
     if state.replay_capacity:
         fill = _bar(state.replay_steps / state.replay_capacity, 20)
         lines.append([_part("replay ", DIM), *fill, _part(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
     if state.losses:
-        lines.append(_facts({name: f"{value:.3g}" for name, value in state.losses.items()}))
+        lines.append(_facts([(name, f"{value:.3g}") for name, value in state.losses.items()]))
     return lines
 
 
@@ -280,27 +281,26 @@ def _episode_box(state: RunState, width: int) -> Lines:
 
 def _status_line(state: RunState) -> Line:
     attention = state.status.get("attention")
-    facts: dict[str, str] = {}
-    for name, value in state.status.items():
-        words, _, last = name.rpartition("_")
-        if name == "attention" or value == "":
-            continue
-        if last in UNITS:
-            facts[name] = f"{words} {value:g} {UNITS[last]}" if isinstance(value, float | int) else value
-        else:
-            facts[name] = ""
-    line = [_part(" "), *_facts({**facts, "sensor age": f"{state.sensor_age_ms:.0f} ms"})]
+    facts = [_fact(name, value) for name, value in state.status.items() if name != "attention" and value != ""]
+    line = [_part(" "), *_facts([*facts, ("sensor age", f"{state.sensor_age_ms:.0f} ms")])]
     return [_part(f" {attention} ", "bold black on yellow3"), *line] if attention else line
+
+
+def _fact(name: str, value: float | str) -> tuple[str, str]:
+    """A status value as people write it: `battery_mah`, 2210.0 becomes `battery`, `2210 mAh`."""
+    text = value if isinstance(value, str) else f"{value:g}"
+    words, _, unit = name.rpartition("_")
+    return (words.replace("_", " "), f"{text} {UNITS[unit]}") if unit in UNITS else (name.replace("_", " "), text)
 
 
 def _warnings(state: RunState) -> Lines:
     return [[_part(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
 
 
-def _facts(facts: Mapping[str, str]) -> Line:
+def _facts(facts: Sequence[tuple[str, str]]) -> Line:
     return [
         part
-        for number, (name, value) in enumerate(facts.items())
+        for number, (name, value) in enumerate(facts)
         for part in (_part(("   " if number else "") + f"{name} ", DIM), _part(value))
     ]
 

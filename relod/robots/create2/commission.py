@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...runtime.clock import NS_PER_S, monotonic_ns
-from ...runtime.trial import Motion
 from ...types import SensorWindow
 from . import oi
 from .driver import COMMAND_NAMES, SENSOR_COLUMNS, Request
@@ -32,10 +31,10 @@ class Create2Commissioning:
     # With its wheels in the air the robot reports wheel drops, and would leave SAFE at once.
     take_control = int(Request.FULL)
     motions = (
-        Motion(name="left wheel forward", values=(TRY_MM_S, 0.0)),
-        Motion(name="left wheel backward", values=(-TRY_MM_S, 0.0)),
-        Motion(name="right wheel forward", values=(0.0, TRY_MM_S)),
-        Motion(name="right wheel backward", values=(0.0, -TRY_MM_S)),
+        ("left wheel forward", (TRY_MM_S, 0.0)),
+        ("left wheel backward", (-TRY_MM_S, 0.0)),
+        ("right wheel forward", (0.0, TRY_MM_S)),
+        ("right wheel backward", (0.0, -TRY_MM_S)),
     )
     cruise = (CRUISE_MM_S, CRUISE_MM_S)
 
