@@ -140,7 +140,7 @@ def _look_at_sensors(trial: DeviceTrial, result: CheckResult, console: Console) 
     window = trial.sensors.window(trial.sensors.ring.newest_seq)
     if len(window.seq) < 2:
         raise StartError(f"{trial.plan.address} sends no sensor packets", "see the log of the device process")
-    duration_s = (window.arrived_ns[-1] - window.arrived_ns[0]) / NS_PER_S
+    duration_s = int(window.arrived_ns[-1] - window.arrived_ns[0]) / NS_PER_S
     result.packets_per_s = round((len(window.seq) - 1) / duration_s, 1)
     result.sensors = {name: window.newest(name) for name in window.names}
     table = Table(title=f"{trial.plan.address}: {result.packets_per_s:.0f} packets/s", title_justify="left")

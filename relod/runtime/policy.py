@@ -97,6 +97,7 @@ class PolicyReader(Generic[T]):
         self.version = NO_POLICY
         self.module = self._modules[0]  # zeros until the first policy
         box.held.take_over()
+        box.held.publish((0,))
         self.poll()
 
     def poll(self) -> bool:

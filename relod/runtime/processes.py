@@ -216,7 +216,8 @@ class Supervisor:
     """Starts the children, listens to them, restarts those that may be, and ends them in order.
 
     `on_event(name, text)` and `on_report(name, values)` are called on the loop, `on_restart(name)` after a restart,
-    `on_done(name)` when a child has ended with exit code 0 unasked: its work is done. When a child that may not be restarted dies, or one dies too often, `failed` is set.
+    `on_done(name)` when a child has ended with exit code 0 unasked: its work is done. When a child that may not be
+    restarted dies, or one dies too often, `failed` is set.
     """
 
     def __init__(
@@ -402,8 +403,8 @@ async def _ended(process: multiprocessing.process.BaseProcess, limit_s: float) -
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit_s):
             await readable(_Descriptor(process.sentinel))
-            while process.is_alive():  # its descriptors close a moment before it can be waited for
-                await asyncio.sleep(0.002)  # noqa: ASYNC110
+            while process.is_alive():  # noqa: ASYNC110  its descriptors close a moment before it can be reaped
+                await asyncio.sleep(0.002)
     return not process.is_alive()
 
 

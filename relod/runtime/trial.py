@@ -32,6 +32,8 @@ POLL_S = 0.005
 START_LIMIT_S = 30.0
 END_LIMIT_S = 3.0
 STILL_PACKETS = 8  # in a row, without motion: it stands
+STILL_AT_END = 3  # as many are enough of an orderly end
+SILENCE_NS = 100 * NS_PER_MS
 OBSERVE_LIMIT_NS = 2 * NS_PER_S
 SPIN_UP_S = 0.8  # from standing to full speed, and the encoders have seen it
 RING_CAPACITY = 1024  # packets: 15 s of the Create 2's
@@ -125,6 +127,7 @@ class DeviceTrial:
         self._context = multiprocessing.get_context("spawn")
         self._ready = False
         self._tick = self._requests = 0
+        self.died_ns = 0  # when the death of `die` was caused
         self._next_ns = 0
 
     def __enter__(self) -> DeviceTrial:
@@ -235,8 +238,9 @@ class DeviceTrial:
             case Death.PARENT_GONE:
                 return self._lose_parent(values)
             case Death.DEVICE_TERMINATED:
+                died_ns = monotonic_ns()
                 os.kill(self.pid, signal.SIGTERM)
-                return self._observe_ring(monotonic_ns(), values)
+                return self._observe_ring(died_ns, values)
             case Death.DEVICE_KILLED:
                 return self._signal_unheard(signal.SIGKILL, values)
             case Death.DEVICE_HANGS:
@@ -258,9 +262,9 @@ class DeviceTrial:
             self.listen()
             sleep_s(POLL_S)
         sleep_s(SPIN_UP_S)
+        died_ns = monotonic_ns()
         controller.kill()
-        killed_ns = monotonic_ns()
-        stopped_ms = self._observe_ring(killed_ns, None)
+        stopped_ms = self._observe_ring(died_ns, None)
         controller.join()
         self._commands.take_over()
         return stopped_ms
@@ -270,15 +274,17 @@ class DeviceTrial:
         return newest is not None and int(newest[1]["writer_pid"]) != os.getpid()
 
     def _lose_parent(self, values: Sequence[float]) -> float | None:
+        died_ns = monotonic_ns()
         self._channel.close()
-        return self._observe_ring(monotonic_ns(), values)
+        return self._observe_ring(died_ns, values)
 
     def _signal_unheard(self, number: signal.Signals, values: Sequence[float]) -> float | None:
         """After this the device process reads no more: listen on the wire ourselves."""
         listener = self.plan.robot.listen(self.plan.address)
         try:
+            died_ns = monotonic_ns()
             os.kill(self.pid, number)
-            return self._observe(monotonic_ns(), listener.packets, values)
+            return self._observe(died_ns, listener.packets, values)
         finally:
             listener.close()
 
@@ -299,22 +305,22 @@ class DeviceTrial:
         """ms from `from_ns` to the last packet that shows motion, once some have shown none; goes on commanding
         `values` meanwhile, as a control process that still lives would."""
         before: Sequence[float] | None = None
-        last_motion_ns, still = from_ns, 0
+        self.died_ns = last_motion_ns = heard_ns = from_ns
+        still = 0
         while monotonic_ns() - from_ns < OBSERVE_LIMIT_NS and still < STILL_PACKETS:
             if values is not None:
                 self.keep_commanding(values)
-            ended = not self._process.is_alive()
-            found = packets()
-            for arrived_ns, after in found:
+            if not self._process.is_alive() and monotonic_ns() - heard_ns > SILENCE_NS:
+                break  # an orderly end switches the stream off as soon as it knows that the robot stands
+            for arrived_ns, after in packets():
+                heard_ns = arrived_ns
                 if before is not None and self.plan.robot.moved(before, after):
                     last_motion_ns, still = max(last_motion_ns, arrived_ns), 0
                 elif before is not None:
                     still += 1
                 before = after
-            if ended and not found and still:
-                break  # an orderly end switches the stream off as soon as it knows that the robot stands
             sleep_s(POLL_S)
-        return (last_motion_ns - from_ns) / NS_PER_MS if still >= min(STILL_PACKETS, 3) else None
+        return (last_motion_ns - from_ns) / NS_PER_MS if still >= STILL_AT_END else None
 
     def _end(self) -> None:
         """Ask, then SIGKILL; the guard stops the robot then."""

@@ -26,17 +26,17 @@ _UNITS = {packet.full_name: packet for packet in oi.PACKETS.values()}
 class Create2Commissioning:
     """`runtime.trial.Commissioning` of a Create 2."""
 
-    sensor_names = SENSOR_COLUMNS
-    command_names = COMMAND_NAMES
+    sensor_names: tuple[str, ...] = SENSOR_COLUMNS
+    command_names: tuple[str, ...] = COMMAND_NAMES
     # With its wheels in the air the robot reports wheel drops, and would leave SAFE at once.
     take_control = int(Request.FULL)
-    motions = (
+    motions: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("left wheel forward", (TRY_MM_S, 0.0)),
         ("left wheel backward", (-TRY_MM_S, 0.0)),
         ("right wheel forward", (0.0, TRY_MM_S)),
         ("right wheel backward", (0.0, -TRY_MM_S)),
     )
-    cruise = (CRUISE_MM_S, CRUISE_MM_S)
+    cruise: tuple[float, ...] = (CRUISE_MM_S, CRUISE_MM_S)
 
     def rows(self, window: SensorWindow) -> list[tuple[str, str, str]]:
         """The newest packet, `oi_mode` and the bumper's bits in words."""
@@ -58,7 +58,7 @@ class Create2Commissioning:
         """Left and right in mm/s; not-a-number when there are fewer than two packets."""
         if len(window.seq) < 2:
             return float("nan"), float("nan")
-        duration_s = (window.arrived_ns[-1] - window.arrived_ns[0]) / NS_PER_S
+        duration_s = int(window.arrived_ns[-1] - window.arrived_ns[0]) / NS_PER_S
         counts = np.diff(window.values[:, _COUNTS], axis=0)
         travelled = ((counts + 0x8000) % 0x10000 - 0x8000).sum(axis=0)  # the counters wrap at 16 bits
         left, right = (travelled * oi.MM_PER_COUNT / duration_s).tolist()
