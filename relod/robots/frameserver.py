@@ -151,6 +151,9 @@ class FrameServer:
     def _serve(self, stream: _Handler) -> _Handler:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = cast("asyncio.Task[None]", asyncio.current_task())
+            if not self._servers:  # unplugged since the connection was made
+                writer.transport.abort()
+                return
             self._clients.add(task)
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)

@@ -217,7 +217,7 @@ class BoxCaster:
         done = 0
         for seen in self._visible(camera_x, camera_y, heading_rad, speed_m_s, turn_rad_s):
             self._cast_side(seen, done, pose)
-            done = seen.last
+            done = max(done, seen.last)
         before = np.less(self._depth, self._limit_m, out=self._mask)
         np.copyto(self._map_x, self._side_x, where=before)
         np.copyto(self._map_y, self._side_y, where=before)

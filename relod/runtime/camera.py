@@ -30,13 +30,17 @@ def run_camera_process(channel: Channel, job: CameraJob) -> None:
     stop = threading.Event()
     listener = threading.Thread(target=_listen, args=(channel, job.frames, stop), name="listen", daemon=True)
     listener.start()
+
+    def tell(text: str) -> None:
+        channel.send(Event(text))
+
     try:
         run_camera(
             parse_source(job.source),
             job.settings,
             job.frames,
             stop,
-            lambda text: channel.send(Event(text)),
+            tell,
         )
     finally:
         stop.set()

@@ -23,6 +23,8 @@ __all__ = [
     "Ticker",
     "VirtualClock",
     "WallClock",
+    "cpu_seconds",
+    "cpu_seconds_of",
     "monotonic_ns",
     "sleep_until",
     "utc_seconds",
@@ -49,6 +51,16 @@ def utc_seconds() -> float:
 def cpu_seconds() -> float:
     """Seconds of processor time this process has used."""
     return time.process_time()
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """Seconds of processor time another process has used so far; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b") ")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
 
 
 def sleep_until(deadline_ns: int) -> None:

@@ -268,10 +268,10 @@ class _Device:
         """Every 20 ms, whatever the sensors and the commands do."""
         if self._leash.expired(now_ns):
             self._stops += 1
-            self._tell(
-                f"commands stopped coming ({(now_ns - self._leash.issued_ns) / NS_PER_MS:.0f} ms): robot stopped"
-            )
+            age_ms, moving = (now_ns - self._leash.issued_ns) / NS_PER_MS, not self._stands()
             self._hold()
+            if moving:
+                self._tell(f"no command for {age_ms:.0f} ms: robot stopped")
         elif not self._leash.held:
             self._reassure_guard()
         elif not self._driver.stands(self._held_ns):

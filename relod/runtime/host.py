@@ -131,19 +131,23 @@ class RobotHost:
         self._supervisor = Supervisor(
             log_path=folder.path / "children.log",
             max_restarts=plan.settings.safety.max_restarts,
-            on_event=self.progress.event,
-            on_report=self.progress.report,
+            on_event=lambda name, text: self._guarded(lambda: self.progress.event(name, text)),
+            on_report=lambda name, values: self._guarded(lambda: self.progress.report(name, values)),
             on_restart=self._restarted,
             on_done=self._done,
         )
         self._taken_id = 0
+        self._running = False  # every child is ready
         self._ended = asyncio.Event()
         self._signalled: signal.Signals | None = None
         self._error: RelodError | None = None
+        self._defect: Exception | None = None
 
     def run(self) -> Result:
         """Run until the steps are done, a signal, or a failure; the robot stands when this returns."""
         uvloop.run(self._run())
+        if self._defect is not None:
+            raise self._defect
         summary = self.progress.summary(self._profile)
         code = EXIT_OK
         if self._error is not None:
@@ -207,6 +211,8 @@ class RobotHost:
         children += [self._start_device(address), self._start_camera(source)]
         for child in children:
             await self._ready(child)
+        self.progress.processor(supervisor.cpu_seconds())
+        self._running = True
         supervisor.tell("control", "begin")
 
     async def _start_world(self, sockets: Path) -> tuple[str, str]:
@@ -263,7 +269,7 @@ class RobotHost:
         ended.cancel()
         if not waiting.done():
             waiting.cancel()
-            raise _Interrupted
+            raise _Interrupted("interrupted while starting")
         return waiting.result()
 
     # -- run -----------------------------------------------------------------------------------------------------------
@@ -274,14 +280,16 @@ class RobotHost:
         loop.add_reader(self._shared.stream.fileno(), self._guarded, self._take_messages)
         loop.add_reader(self._shared.frames_signal.fileno(), self._guarded, self._take_frames)
         try:
-            async with self._supervisor.watching():
+            async with self._supervisor.watching() as watch:
                 failed = asyncio.create_task(self._supervisor.failed.wait(), name="failed")
                 ended = asyncio.create_task(self._ended.wait(), name="ended")
-                await asyncio.wait([failed, ended, books], return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([failed, ended, books, watch], return_when=asyncio.FIRST_COMPLETED)
                 failed.cancel()
                 ended.cancel()
                 if books.done():
                     books.result()  # it only ends by a defect
+                if watch.done():
+                    watch.result()
         finally:
             loop.remove_reader(self._shared.frames_signal.fileno())
         if self._supervisor.failure is not None:
@@ -295,6 +303,8 @@ class RobotHost:
             if monotonic_ns() >= next_metrics_ns:
                 next_metrics_ns = monotonic_ns() + int(METRICS_PERIOD_S * NS_PER_S)
                 self._guarded(lambda: self.progress.write_metrics(self._profile))
+                if self._running:
+                    self.progress.processor(self._supervisor.cpu_seconds())
             view.show(self.progress.state, monotonic_ns())
             await asyncio.sleep(VIEW_PERIOD_S)
 
@@ -306,11 +316,14 @@ class RobotHost:
         self.progress.profiled(self._profile)
 
     def _guarded(self, take: Callable[[], None]) -> None:
-        """Errors in a reader's callback end the run as they would in a task."""
+        """What goes wrong in a callback ends the run as it would in a task."""
         try:
             take()
         except RelodError as error:
             self._error = self._error or error
+            self._ended.set()
+        except Exception as error:
+            self._defect = self._defect or error
             self._ended.set()
 
     def _take_frames(self) -> None:
@@ -361,6 +374,8 @@ class RobotHost:
     async def _stop(self) -> None:
         """The robot first, then everything else; the world last, for its log shows how the wheels stood."""
         self.progress.phase("stopping")
+        if self._running:
+            self.progress.processor(self._supervisor.cpu_seconds())
         stop = self._supervisor.stop
         device = self._supervisor.children.get("device")
         await asyncio.gather(stop("control"), stop("device"))

@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
-from .clock import NS_PER_S, monotonic_ns
+from .clock import NS_PER_S, cpu_seconds_of, monotonic_ns
 
 __all__ = ["Channel", "Child", "Event", "Failed", "Finish", "Ready", "Report", "Supervisor", "Tell", "load_attribute"]
 
@@ -367,15 +367,23 @@ class Supervisor:
         await _ended(child.process, KILL_LIMIT_S)
 
     @contextlib.asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
+    async def watching(self) -> AsyncIterator[asyncio.Task[None]]:
         """`watch` in the background for the length of the block."""
         task = asyncio.create_task(self.watch(), name="watch-children")
         try:
-            yield
+            yield task
         finally:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time of every living child since it started, in seconds."""
+        return {
+            name: cpu_seconds_of(child.process.pid)
+            for name, child in self.children.items()
+            if child.process is not None and child.process.pid is not None and child.alive
+        }
 
     def kill_all(self) -> None:
         """Last resort on the way out: no child may outlive the parent's own orderly end."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..types import EpisodeEnd, Frame, Step
 from .clock import NS_PER_S, monotonic_ns
+from .device import MAY_BE_MOVING
 from .plan import Plan
 from .profile import Profile
 from .rundir import RunFolder
@@ -28,6 +29,8 @@ class Progress:
         self.reports: dict[str, dict[str, float | str]] = {}
         self.steps = 0
         self.lengths: list[int] = []
+        self.cpu_cores: dict[str, float] = {}  # share of one core of each child, from ready to the end
+        self._processor: tuple[int, dict[str, float]] | None = None
         self._plan, self._folder = plan, folder
         self._started_ns = monotonic_ns()
         self._policy_seen_ns = self._started_ns
@@ -71,6 +74,8 @@ class Progress:
     def event(self, name: str, text: str) -> None:
         """Something a person should read."""
         self.state.warnings.append(f"{name}: {text}" if name not in ("", "relod") else text)
+        if name == "device":  # what it says next ends the alarm: the wire is back and the robot stopped
+            self.state.alarm = text if MAY_BE_MOVING in text else ""
         self._folder.metrics(
             experience_s=self.experience_s, wall_s=self.wall_s, steps=self.steps, values={"event": f"{name}: {text}"}
         )
@@ -116,6 +121,16 @@ class Progress:
         state.elapsed_s = self.wall_s
         state.lateness, state.act = profile.histograms[Stage.LATENESS], profile.histograms[Stage.ACT]
         state.policy_age_s = (monotonic_ns() - self._policy_seen_ns) / NS_PER_S
+
+    def processor(self, used_s: dict[str, float]) -> None:
+        """Processor time of the children so far; shares count from the first call, when all of them are ready."""
+        now_ns = monotonic_ns()
+        if self._processor is None:
+            self._processor = now_ns, used_s
+        began_ns, before_s = self._processor
+        for name, seconds in used_s.items():
+            if now_ns > began_ns and seconds >= before_s.get(name, seconds + 1):  # not one started again since
+                self.cpu_cores[name] = round((seconds - before_s[name]) * NS_PER_S / (now_ns - began_ns), 4)
 
     def _see_policy(self, version: tuple[int, int]) -> None:
         if version != self.state.policy_version and version != (0, 0):
@@ -177,6 +192,7 @@ class Progress:
             "replay_steps": state.replay_steps,
             "overruns": int(control.get("overruns", 0)),
             "restarts": self.restarts,
+            "cpu_cores": self.cpu_cores,
             "frames_lost": self.frames_lost,
             "actions_rejected": int(control.get("rejected", 0)),
             "run_dir": str(self._folder.path),

@@ -11,6 +11,7 @@ and phase bit for bit. It holds for the machine, thread count and library versio
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from ..seeds import random_stream
 from ..types import EpisodeEnd, FloatArray, Frame, SensorWindow, Step
 from .cycle import Cycle, Inputs, Tick
 from .messages import CycleRecord, decode
+from .rundir import disk_errors
 
 __all__ = ["Recorder", "ReplayReport", "replay_run", "save_policy"]
 
@@ -43,6 +45,7 @@ class Recorder:
     """Writes the trace of a run, in the parent; ends by itself at the size limit."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._trace: IO[bytes] = (folder / "trace.bin").open("wb")
         self._frames: IO[bytes] = (folder / "frames.bin").open("wb")
         self.full = False
@@ -50,24 +53,29 @@ class Recorder:
     def add_message(self, data: bytes) -> None:
         """Keep one message as it came."""
         if not self.full:
-            self._trace.write(_LENGTH.pack(len(data)) + data)
+            with disk_errors(self._folder / "trace.bin"):
+                self._trace.write(_LENGTH.pack(len(data)) + data)
 
     def add_frame(self, frame: Frame) -> None:
         """Keep one camera frame."""
         if not self.full:
-            self._frames.write(_FRAME.pack(frame.id, frame.captured_ns, frame.arrived_ns))
-            self._frames.write(frame.image.tobytes())
+            with disk_errors(self._folder / "frames.bin"):
+                self._frames.write(_FRAME.pack(frame.id, frame.captured_ns, frame.arrived_ns))
+                self._frames.write(frame.image.tobytes())
             self.full = self._frames.tell() > FRAMES_LIMIT_BYTES
 
     def close(self) -> None:
-        self._trace.close()
-        self._frames.close()
+        """Write out what is buffered; what no longer fits is lost with its tail, which a replay leaves out."""
+        for file in (self._trace, self._frames):
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def save_policy(folder: Path, version: tuple[int, int], flat: FloatArray) -> None:
     """Keep a policy that is about to act."""
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"{version[0]}-{version[1]}.npy", flat, allow_pickle=False)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        np.save(folder / f"{version[0]}-{version[1]}.npy", flat, allow_pickle=False)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from relod.robots.optics import CameraOptics, Finish, Rays
@@ -67,7 +67,8 @@ def follow(lens, direction, up):
     return 255 * (0.5 + along / (2 * half[1 - axis])), 255 * (1 - z / BOX.wall_m), 40 * (1 + side)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
+@example(x=-0.125, y=0.0, heading=0.0, speed=0.0, turn=0.0)  # both corners at the edge of the picture
 @given(
     x=st.floats(-0.37, 0.37),
     y=st.floats(-0.17, 0.17),
@@ -78,13 +79,19 @@ def follow(lens, direction, up):
 def test_every_pixel_shows_what_its_ray_meets(x, y, heading, speed, turn):
     picture = CASTER.picture(x, y, heading, speed, turn).astype(float)
     expected = reference(x, y, heading, speed, turn)
-    off = np.abs(picture - expected)
-    off[..., 0] = np.minimum(off[..., 0], 255 - off[..., 0]) * (expected[..., 2] == 200) + off[..., 0] * (
-        expected[..., 2] != 200
-    )
-    # Edges are blended by bilinear lookups, so pixels next to one may differ.
-    assert np.mean(off.max(axis=2) > 4) < 0.03
-    assert np.median(off) < 1.0
+    inside = away_from_edges(expected)
+    assert inside.mean() > 0.5
+    assert np.abs(picture - expected)[inside].max() < 4
+    assert np.abs(picture - expected)[inside].mean() < 1
+
+
+def away_from_edges(expected):
+    """Pixels whose neighbours are on the same patch, and not beyond the panorama's seam."""
+    near = [np.roll(expected, (down, right), (0, 1)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    smooth = [(other[..., 2] == expected[..., 2]) & (np.abs(other[..., 0] - expected[..., 0]) < 64) for other in near]
+    inside = np.all(smooth, axis=0)
+    inside[[0, -1]] = inside[:, [0, -1]] = False
+    return inside
 
 
 @pytest.mark.parametrize("heading", [0.0, math.pi / 2, math.pi, -math.pi / 2, math.pi / 4, 3 * math.pi])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,9 +127,7 @@ def test_signals_of_the_group_do_not_end_it_and_its_death_is_noticed(wire: Wire)
         await asyncio.sleep(0.05)
         assert made.alive
         os.kill(made.pid, signal.SIGKILL)
-        async with asyncio.timeout(1.0):
-            while not ended:
-                await asyncio.sleep(0.005)
+        await asyncio.wait_for(made._ended.wait(), 1.0)
         assert not made.alive
         assert ended == ["ended"]
 
@@ -138,7 +137,7 @@ def test_signals_of_the_group_do_not_end_it_and_its_death_is_noticed(wire: Wire)
 def test_a_full_wire_is_given_up_in_bounded_time() -> None:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    with pytest.raises(BlockingIOError):
+    with contextlib.suppress(BlockingIOError):
         while True:
             os.write(write_end, bytes(65536))
     begin_ns = monotonic_ns()

@@ -59,6 +59,8 @@ class ArenaLook:
         `level` scales the variation; 0 gives the default look. Raises RuntimeError when a hundred draws in a row
         are unusable, which no level up to 1 has ever done.
         """
+        if level == 0:
+            return cls()
         for _ in range(_MOST_DRAWS):
             look = cls._candidate(rng, level)
             if _usable(look):
@@ -75,7 +77,6 @@ class ArenaLook:
 
         base = cls()
         shade = vary(1.0, 0.12)
-        seed = int(rng.integers(1 << 31))
         return cls(
             boards=_bgr(vary(14, 6), vary(138, 30), vary(170, 30)),  # hues well clear of the target's 30 to 85
             cardboard=(base.cardboard[0] * shade, base.cardboard[1] * shade, base.cardboard[2] * shade),
@@ -88,7 +89,7 @@ class ArenaLook:
             paper_y_m=vary(base.paper_y_m, 0.12),
             paper_z_m=vary(base.paper_z_m, 0.01),
             paper_tilt_rad=vary(base.paper_tilt_rad, 0.05),
-            texture_seed=seed if level > 0 else base.texture_seed,
+            texture_seed=int(rng.integers(1 << 31)),
         )
 
 

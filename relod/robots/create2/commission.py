@@ -17,10 +17,11 @@ __all__ = ["Create2Commissioning"]
 TRY_MM_S = 114.0  # four of the robot's speed steps of 28.5 mm/s, so that what it does is what it was asked
 CRUISE_MM_S = 150.0  # the task's fastest
 READ_BYTES = 4096
+UNITS = {"mm_s": "mm/s", "mah": "mAh", "mv": "mV", "ma": "mA", "c": "°C"}
 
 _COUNTS = tuple(SENSOR_COLUMNS.index(name) for name in ("encoder_left_counts", "encoder_right_counts"))
 _ASKED = tuple(SENSOR_COLUMNS.index(name) for name in ("requested_left_mm_s", "requested_right_mm_s"))
-_UNITS = {packet.full_name: packet for packet in oi.PACKETS.values()}
+_PACKETS = {packet.full_name: packet for packet in oi.PACKETS.values()}
 
 
 class Create2Commissioning:
@@ -43,9 +44,9 @@ class Create2Commissioning:
         rows = []
         for name in window.names:
             value = int(window.newest(name))
-            packet = _UNITS.get(name)
+            packet = _PACKETS.get(name)
             shown, unit = (packet.name, packet.unit) if packet is not None else (name, "")
-            rows.append((shown.replace("_", " "), _in_words(name, value), unit.replace("_", "/")))
+            rows.append((shown.replace("_", " "), _in_words(name, value), UNITS.get(unit, unit)))
         return rows
 
     def summary(self, window: SensorWindow) -> str:

@@ -128,9 +128,9 @@ class Create2Driver:
         self._received_bytes = 0
         self._loss = ""
         self._wanted = Request.SAFE
-        self.connection_epoch += 1
         try:
             await self._port.open(self._settings.baud)
+            self.connection_epoch += 1
             await self._begin()
         except BaseException:
             self._port.close()
