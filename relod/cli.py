@@ -200,6 +200,7 @@ def check(
         config=config,
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
+        confirm=lambda text: typer.confirm(text, err=True),
     )
     if as_json:
         _print_json(document)

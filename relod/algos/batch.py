@@ -69,7 +69,8 @@ def crop_window(in_hw: tuple[int, int], fraction: float) -> Window:
 def copy_window(source: Image, corner_y: int, corner_x: int, target: Image) -> None:
     """Copy the window at `(corner_y, corner_x)` of `source` `(k, H, W)` into `target` `(k, h, w)`.
 
-    The window must overlap the image. Pixels are single items of 3 bytes (dtype V3). Slices, not index arrays: 0.8 ms against 37 ms for 64 stacks.
+    The window must overlap the image. Pixels are single items of 3 bytes (dtype V3). Slices, not index arrays: 0.8 ms
+    against 37 ms for 64 stacks.
     """
     height, width = source.shape[1:3]
     out_h, out_w = target.shape[1:3]

@@ -36,6 +36,7 @@ class TaskEntry:
     driver: str  # "module:attribute" of the device's driver
     emulator: str  # "module:attribute" of the simulated world in real time, behind the robot's wire protocol
     world: str  # "module:attribute" of the simulated world in virtual time
+    commissioning: str  # "module:attribute" of what commissioning knows about the robot
     worlds: str  # "module:attribute" of a mapping: name of a world -> tree of settings that makes it
     sensor_names: tuple[str, ...]
     command_names: tuple[str, ...]

@@ -27,8 +27,6 @@ __all__ = ["Atlas", "Box", "BoxCaster", "CameraOptics", "Finish", "Rays", "textu
 
 Texture: TypeAlias = npt.NDArray[np.float32]
 _Array: TypeAlias = npt.NDArray[np.float32]
-_Pose: TypeAlias = tuple[_Array, _Array, _Array, _Array]  # cosine and sine of the heading, position in m; per row
-_Frame: TypeAlias = tuple[_Array, _Array, _Array, _Array, _Array, _Array, np.float32]
 
 _BORDER_PX = 4  # replicated round each patch: with less, bilinear lookups show black seams
 _PANORAMA_EXTRA_RAD = 1.1  # of the panorama repeated at each end, so that no lookup needs a modulo
@@ -83,7 +81,7 @@ class Box:
     panorama_up: tuple[float, float] = (-0.1, 1.1)  # tangents of elevation at its lower and upper edge
 
     def side_size_hw(self, side: int) -> tuple[int, int]:
-        """Texture size of a side in px; columns run counter-clockwise, row 0 is the top edge."""
+        """Texture size of a side in px; columns run along +y (sides 0, 2) or +x (1, 3), row 0 is the top edge."""
         length_m = 2 * (self.half_x_m if side % 2 else self.half_y_m)
         return round(self.wall_m / self.texel_m), round(length_m / self.texel_m)
 
@@ -136,7 +134,7 @@ class BoxCaster:
         self._block = math.gcd(width, 8)
         self._row_s = np.tile(rays.row_s[:, 0], self._block).astype(np.float32)
         self._half_readout_s = abs(float(rays.row_s[0, 0]))
-        self._place_textures(atlas)
+        self._place_textures(atlas, optics)
         self._place_background(rays, optics, atlas)
         azimuth = np.arctan(rays.left.astype(np.float64))
         # Azimuth falls from the left column to the right one; bounds hold for all rows of a column.
@@ -144,12 +142,15 @@ class BoxCaster:
         self._column_high = np.maximum.accumulate(-azimuth.max(axis=0)).tolist()
         self._azimuth_max = float(np.abs(azimuth).max())
         self._left = self._blocks(rays.left)
-        self._fall_px = self._blocks(rays.up * np.float32(-self._scale))  # texture rows down a wall, per m of depth
-        self._map_x, self._map_y, self._side_x, self._side_y, self._depth = _aligned(5, *self._left.shape)
-        self._scratch = _aligned(4, *self._left.shape)
-        self._flat = np.full_like(self._left, _FLAT)  # an array, as a scalar takes np.maximum twice as long
-        self._mask = np.empty(self._left.shape, np.bool_)
-        self._painted: Image = np.empty((*self._left.shape, 4), np.uint8)
+        self._fall = self._blocks(-rays.up)
+        shape = self._left.shape
+        self._ray_x, self._ray_y, self._map_x, self._map_y = _aligned(4, *shape)
+        self._side_x, self._side_y, self._depth = _aligned(3, *shape)
+        self._scratch = _aligned(4, *shape)
+        self._mask = np.empty(shape, np.bool_)
+        # Arrays, as a scalar operand takes np.maximum twice as long.
+        self._least, self._most = np.full(shape, _FLAT, np.float32), np.full(shape, -_FLAT, np.float32)
+        self._painted: Image = np.empty((*shape, 4), np.uint8)
 
     def _blocks(self, picture: npt.NDArray[np.floating]) -> _Array:
         """A per-pixel table `(H, W)` in the layout of this class."""
@@ -158,13 +159,16 @@ class BoxCaster:
         table[:] = picture.T.reshape(table.shape)
         return table
 
-    def _place_textures(self, atlas: Atlas) -> None:
+    def _place_textures(self, atlas: Atlas, optics: CameraOptics) -> None:
         # Pixel i covers [i, i + 1), so a coordinate of remap, which means a centre, is half a pixel less.
         sizes, left = atlas.sizes_hw, atlas.left - 0.5
         floor_height, floor_width = sizes[0]
         self._floor_middle = (left + floor_width / 2, atlas.tops[0] - 0.5 + floor_height / 2)
         self._side_middle = [left + sizes[1 + side][1] / 2 for side in range(4)]
-        self._side_foot = [atlas.tops[1 + side] - 0.5 + sizes[1 + side][0] for side in range(4)]
+        camera_px = optics.height_m * self._scale
+        self._side_eye = [
+            np.float32(atlas.tops[1 + side] - 0.5 + sizes[1 + side][0] - camera_px) for side in range(4)
+        ]  # texture row at the camera's height
         self._sky_middle = left + sizes[5][1] / 2
 
     def _place_background(self, rays: Rays, optics: CameraOptics, atlas: Atlas) -> None:
@@ -176,11 +180,9 @@ class BoxCaster:
         self._sees_floor = np.tile(is_floor[:, 0], self._block)
         rise_m = np.where(below, -optics.height_m, box.wall_m - optics.height_m)
         with np.errstate(divide="ignore"):
-            limit_m = np.minimum(rise_m / rays.up, np.float32(1e3))  # depth at which floor or room begins
-        self._limit_m = self._blocks(limit_m)
-        ahead_px = np.where(is_floor, limit_m * self._scale, 0.0)
-        self._ground_ahead, self._ground_left = self._blocks(ahead_px), self._blocks(ahead_px * rays.left)
-        self._camera_px = optics.height_m * self._scale
+            limit_px = np.minimum(rise_m / rays.up, 1e3) * self._scale  # depth at which floor or room begins
+        self._limit_px = self._blocks(limit_px)
+        self._ground_px = self._blocks(np.where(is_floor, limit_px, 0.0))
         panorama_height, panorama_width = box.panorama_hw
         self._px_per_rad = panorama_width / (2 * math.pi)
         low, high = box.panorama_up
@@ -209,38 +211,34 @@ class BoxCaster:
         angle = self._row_s * np.float32(turn_rad_s) + np.float32(heading_rad)
         row_cos, row_sin = np.cos(angle), np.sin(angle)
         # The camera swings round the robot's centre: its sideways speed comes with the turn.
-        reach = self._row_s * np.float32(speed_m_s) + np.float32(ahead_m)
-        row_x = reach * row_cos + np.float32(camera_x - ahead_m * cos)
-        row_y = reach * row_sin + np.float32(camera_y - ahead_m * sin)
-        pose = (row_cos, row_sin, row_x, row_y)
-        self._cast_background(angle, pose)
+        reach_px = self._row_s * np.float32(speed_m_s * self._scale) + np.float32(ahead_m * self._scale)
+        row_x = reach_px * row_cos + np.float32((camera_x - ahead_m * cos) * self._scale)
+        row_y = reach_px * row_sin + np.float32((camera_y - ahead_m * sin) * self._scale)
+        np.multiply(self._left, row_sin, out=self._ray_x)
+        np.subtract(row_cos, self._ray_x, out=self._ray_x)
+        np.multiply(self._left, row_cos, out=self._ray_y)
+        np.add(self._ray_y, row_sin, out=self._ray_y)
+        self._cast_background(angle, row_x, row_y)
         done = 0
         for seen in self._visible(camera_x, camera_y, heading_rad, speed_m_s, turn_rad_s):
-            self._cast_side(seen, done, pose)
+            self._cast_side(seen, done, row_x, row_y)
             done = max(done, seen.last)
-        before = np.less(self._depth, self._limit_m, out=self._mask)
+        before = np.less(self._depth, self._limit_px, out=self._mask)
         np.copyto(self._map_x, self._side_x, where=before)
         np.copyto(self._map_y, self._side_y, where=before)
 
-    def _cast_background(self, angle: _Array, pose: _Pose) -> None:
+    def _cast_background(self, angle: _Array, row_x: _Array, row_y: _Array) -> None:
         """Floor and room at once: each has zeros in the tables of the other."""
-        cos, sin, row_x, row_y = pose
-        scale, (middle_x, middle_y) = np.float32(self._scale), self._floor_middle
-        floor_x, floor_y = row_x * scale + np.float32(middle_x), row_y * scale + np.float32(middle_y)
-        start_x = np.where(self._sees_floor, floor_x, angle * np.float32(-self._px_per_rad))
-        start_y = np.where(self._sees_floor, floor_y, np.float32(0))
-        ahead, left, out_x, out_y = self._ground_ahead, self._ground_left, self._map_x, self._map_y
-        term = self._scratch[0]
-        np.multiply(ahead, cos, out=out_x)
-        np.multiply(left, sin, out=term)
-        np.subtract(out_x, term, out=out_x)
-        np.add(out_x, start_x, out=out_x)
-        np.add(out_x, self._sky_x, out=out_x)
-        np.multiply(ahead, sin, out=out_y)
-        np.multiply(left, cos, out=term)
-        np.add(out_y, term, out=out_y)
-        np.add(out_y, start_y, out=out_y)
-        np.add(out_y, self._sky_y, out=out_y)
+        middle_x, middle_y = self._floor_middle
+        turned = angle * np.float32(-self._px_per_rad)
+        start_x = np.where(self._sees_floor, row_x + np.float32(middle_x), turned)
+        start_y = np.where(self._sees_floor, row_y + np.float32(middle_y), np.float32(0))
+        np.multiply(self._ground_px, self._ray_x, out=self._map_x)
+        np.add(self._map_x, start_x, out=self._map_x)
+        np.add(self._map_x, self._sky_x, out=self._map_x)
+        np.multiply(self._ground_px, self._ray_y, out=self._map_y)
+        np.add(self._map_y, start_y, out=self._map_y)
+        np.add(self._map_y, self._sky_y, out=self._map_y)
 
     def _visible(
         self, camera_x: float, camera_y: float, heading_rad: float, speed_m_s: float, turn_rad_s: float
@@ -267,49 +265,37 @@ class BoxCaster:
                 found.append(_Visible(side, first, last))
         return sorted(found, key=_Visible.order)
 
-    def _cast_side(self, seen: _Visible, done: int, pose: _Pose) -> None:
-        """Draw a side into its blocks; in those that its left neighbour drew before, the nearer one wins."""
-        frame = self._side_frame(seen.side, pose)
+    def _cast_side(self, seen: _Visible, done: int, row_x: _Array, row_y: _Array) -> None:
+        """Draw a side into its blocks; in those that a neighbour drew before, the nearer one wins."""
+        half_m = self._box.half_y_m if seen.side % 2 else self._box.half_x_m
+        across, along = (row_y, row_x) if seen.side % 2 else (row_x, row_y)
+        distance = np.float32((half_m if seen.side < 2 else -half_m) * self._scale) - across
+        along = along + np.float32(self._side_middle[seen.side])
         own = slice(max(done, seen.first), seen.last)
-        self._project(own, frame, self._depth[own], self._side_x[own], self._side_y[own])
-        shared = slice(seen.first, done)
+        self._project(seen.side, own, distance, along, self._depth[own], self._side_x[own], self._side_y[own])
+        shared = slice(seen.first, min(done, seen.last))
         if shared.start < shared.stop:
             depth, x, y = self._scratch[1:, shared]
-            self._project(shared, frame, depth, x, y)
+            self._project(seen.side, shared, distance, along, depth, x, y)
             nearer = np.less(depth, self._depth[shared], out=self._mask[shared])
             np.copyto(self._depth[shared], depth, where=nearer)
             np.copyto(self._side_x[shared], x, where=nearer)
             np.copyto(self._side_y[shared], y, where=nearer)
 
-    def _side_frame(self, side: int, pose: _Pose) -> _Frame:
-        """The pose of each row relative to a side."""
-        cos, sin, x, y = pose
-        # Cosine and sine of the heading against the side's normal, position along its normal and along its edge.
-        if side == 1:
-            cos, sin, x, y = sin, -cos, y, -x
-        elif side == 2:
-            cos, sin, x, y = -cos, -sin, -x, -y
-        elif side == 3:
-            cos, sin, x, y = -sin, cos, -y, x
-        half_m = np.float32(self._box.half_y_m if side % 2 else self._box.half_x_m)
-        scale, middle = np.float32(self._scale), np.float32(self._side_middle[side])
-        foot = np.float32(self._side_foot[side] - self._camera_px)
-        return (cos, sin, half_m - x, cos * scale, sin * scale, y * scale + middle, foot)
-
-    def _project(self, blocks: slice, frame: _Frame, depth: _Array, x: _Array, y: _Array) -> None:
-        """Depth in m and texture coordinates of an endless wall."""
-        cos, sin, distance, cos_px, sin_px, along_px, foot = frame
-        left, term = self._left[blocks], self._scratch[0, blocks]
-        np.multiply(left, sin, out=term)
-        np.subtract(cos, term, out=term)
-        np.maximum(term, self._flat[blocks], out=term)
-        np.divide(distance, term, out=depth)
-        np.multiply(left, cos_px, out=x)
-        np.add(x, sin_px, out=x)
-        np.multiply(x, depth, out=x)
-        np.add(x, along_px, out=x)
-        np.multiply(depth, self._fall_px[blocks], out=y)
-        np.add(y, foot, out=y)
+    def _project(
+        self, side: int, blocks: slice, distance: _Array, along: _Array, depth: _Array, x: _Array, y: _Array
+    ) -> None:
+        """Depth ahead and texture coordinates, in px, of an endless wall; far away where a ray never meets it."""
+        across_ray, along_ray = (self._ray_y, self._ray_x) if side % 2 else (self._ray_x, self._ray_y)
+        if side < 2:
+            towards = np.maximum(across_ray[blocks], self._least[blocks], out=self._scratch[0, blocks])
+        else:
+            towards = np.minimum(across_ray[blocks], self._most[blocks], out=self._scratch[0, blocks])
+        np.divide(distance, towards, out=depth)
+        np.multiply(depth, along_ray[blocks], out=x)
+        np.add(x, along, out=x)
+        np.multiply(depth, self._fall[blocks], out=y)
+        np.add(y, self._side_eye[side], out=y)
 
 
 def _aligned(*shape: int) -> _Array:

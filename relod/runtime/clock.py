@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import math
 import os
 import struct
 import time
@@ -162,7 +161,7 @@ class Ticker:
         """The next deadline in ns: one period after the last, or the next grid point if that has passed."""
         deadline_ns = self.start_ns + self._next_index * self.period_ns
         if now_ns > deadline_ns and self._next_index > 0:
-            behind = math.ceil((now_ns - deadline_ns) / self.period_ns)
+            behind = -((deadline_ns - now_ns) // self.period_ns)  # rounded up, exact for any int
             self.overruns += 1
             self.skipped += behind
             self._next_index += behind

@@ -8,6 +8,7 @@ given: the stamps, the inputs, and an actor and a generator with states of their
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ class Cycle:
             case Phase.RUNNING:
                 return self._interrupted(trouble) if trouble else self._run(now_ns, inputs)
             case Phase.HOLDING if not trouble:
-                return self._begin_reset(now_ns, inputs.window)
+                return self._begin_reset(now_ns)
             case Phase.RESETTING if not trouble:
                 return self._go_on_resetting(now_ns, inputs.window)
             case Phase.WAITING if not trouble and self._all_fresh(inputs):
@@ -164,7 +165,7 @@ class Cycle:
             acted_ns=self._acted_ns,
         )
         self.index += 1
-        self._actions = np.concatenate([self._actions[1:], action.values[None]])[-len(self._actions) :]
+        self._actions = np.concatenate([self._actions, action.values[None]])[1:]
         observation = self._observe(now_ns, inputs)
         if not over:
             return Tick(command=self._act(now_ns, observation), phase=Phase.RUNNING, step=step)
@@ -175,13 +176,18 @@ class Cycle:
 
     def _act(self, now_ns: int, observation: Observation) -> Command:
         action = self._actor.act(observation)
-        if not np.isfinite(action.values).all():
-            self.rejected += 1
+        sane = bool(np.isfinite(action.values).all())
+        if not sane:
             action = Action(
                 values=np.zeros_like(action.values), policy_version=action.policy_version, extras=action.extras
             )
         self._observation, self._action, self._acted_ns = observation, action, now_ns
-        return self._limited(self._task.command(action.values), self._limits)
+        if sane:
+            return self._limited(self._task.command(action.values), self._limits)
+        self.rejected += 1
+        stop = self._task.stop()  # at once, without slew: nothing is known about what was wanted
+        self._previous = stop.values
+        return stop
 
     def _interrupted(self, trouble: str) -> Tick:
         end = self._close(self._observation, terminated=False, reason=trouble)
@@ -209,19 +215,18 @@ class Cycle:
 
     # -- between episodes ------------------------------------------------------------------------------------------
 
-    def _begin_reset(self, now_ns: int, window: SensorWindow) -> Tick:
-        if self._reset is None:
-            self._reset = self._task.reset(self._rng)
-            command = next(self._reset)
-            self.phase = Phase.RESETTING
-            return Tick(command=self._limited(command, self._reset_limits), phase=self.phase)
+    def _begin_reset(self, now_ns: int) -> Tick:
+        self._reset = self._task.reset(self._rng)
         self.phase = Phase.RESETTING
-        return self._go_on_resetting(now_ns, window)
+        return self._advance_reset(now_ns, self._reset.__next__)
 
     def _go_on_resetting(self, now_ns: int, window: SensorWindow) -> Tick:
         assert self._reset is not None
+        return self._advance_reset(now_ns, functools.partial(self._reset.send, (now_ns, window)))
+
+    def _advance_reset(self, now_ns: int, proceed: Callable[[], Command]) -> Tick:
         try:
-            command = self._reset.send((now_ns, window))
+            command = proceed()
         except StopIteration:
             self._reset = None
             self._reset_end_ns = now_ns

@@ -139,4 +139,6 @@ def _bytes(values: FloatArray) -> bytes:
 
 
 def _floats(data: bytes) -> FloatArray:
+    if len(data) % 4:
+        raise msgspec.ValidationError(f"{len(data)} bytes are no whole number of float32 values")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)

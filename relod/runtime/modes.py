@@ -253,3 +253,43 @@ def run_emulator(
 
     uvloop.run(run())
     return 0
+
+
+def run_check(
+    *,
+    task: str,
+    robot: str,
+    camera: str | None,
+    yes: bool,
+    config: Path | None,
+    environment: Mapping[str, str],
+    assignments: tuple[str, ...],
+    confirm: Callable[[str], bool],
+) -> tuple[dict[str, Any], int]:
+    """Commission the robot at `robot`; returns the JSON document and the exit code."""
+    import tempfile
+
+    from rich.console import Console
+
+    from .check import CameraPlan
+    from .check import run_check as commission
+    from .trial import TrialPlan
+
+    entry, settings = _task_settings(task, "nominal", config, environment, assignments)
+    height, width = entry.build(settings.task).spec.camera_hw
+    with tempfile.TemporaryDirectory(prefix="relod-check-") as folder:
+        plan = TrialPlan(
+            driver=entry.driver,
+            address=robot,
+            settings=settings.robot,
+            safety=settings.safety,
+            robot=registry.load_attribute(entry.commissioning, f"the commissioning of {task!r}")(),
+            log_path=Path(folder) / "device.log",
+        )
+        seen = (
+            CameraPlan(source=camera, settings=settings.camera, height=height, width=width)
+            if camera is not None
+            else None
+        )
+        result = commission(plan, seen, console=Console(stderr=True), confirm=(lambda text: True) if yes else confirm)
+    return result.to_dict(), result.exit_code

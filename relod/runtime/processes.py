@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ __all__ = ["Channel", "Child", "Event", "Failed", "Finish", "Ready", "Report", "
 START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
 STOP_LIMIT_S = 5.0
 KILL_LIMIT_S = 2.0
+PR_SET_NAME = 15  # linux/prctl.h
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -171,6 +173,7 @@ def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any
     """Entry of every child: run `target(channel, job)` and report how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, f"relod-{name}".encode()[:15])  # what `top` and `ps -o comm` show
     _redirect_output(log_path)
     try:
         load_attribute(target)(channel, job)

@@ -112,9 +112,12 @@ class Ring:
 
     def take_over(self) -> None:
         """Become the writer: a new generation, sequence numbers go on after the last complete record."""
-        head = self._read(0)
-        if head is not None:
-            self._newest_seq, self._generation = int(head["seq"]), int(head["generation"])
+        # Not the head alone: the writer before may have died while it wrote that.
+        for slot in range(self.capacity + 1):
+            record = self._read(slot)
+            if record is not None:
+                self._newest_seq = max(self._newest_seq, int(record["seq"]))
+                self._generation = max(self._generation, int(record["generation"]))
         self._generation += 1
 
     def publish(self, record: npt.NDArray[Any] | tuple[Any, ...]) -> int:
@@ -211,7 +214,7 @@ class SensorRing:
 
     def window(self, length: int) -> SensorWindow:
         """The newest `length` packets, oldest first; fewer while fewer exist."""
-        found = list(self.ring.since(max(0, self.ring.newest_seq - length)))
+        found = list(self.ring.since(max(0, self.ring.newest_seq - length)))[-length:]  # one may arrive in between
         return SensorWindow(
             names=self.names,
             seq=np.array([seq for seq, _ in found], np.int64),

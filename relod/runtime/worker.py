@@ -53,7 +53,7 @@ __all__ = [
 STATUS_EVERY_S = 1.0
 CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest is found damaged
 PACKET_BYTES = 24 * 1024  # of news in one message; a whole number of records, far below a socket's buffer
-WAIT_S = 1.0  # longest sleep while the schedule allows no update; news and the parent's end wake it at once
+WAIT_MS = 1000  # longest sleep while the schedule allows no update; news and the parent's end wake it at once
 
 _MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
@@ -88,9 +88,7 @@ class UpdateSchedule:
 class LearnerLoop:
     """Updates as the schedule allows, and policies as the clock does. No I/O of its own, no waiting.
 
-    Args:
-        publish: called with the flat policy and its version.
-        updates: count of updates the learner has behind it, when it goes on from a checkpoint.
+    `publish` is called with the flat policy and its version, (epoch, update count).
     """
 
     def __init__(
@@ -297,13 +295,15 @@ class _Worker:
         self._checkpoint_updates, self._written_ns = -1, 0
         self._spans = job.spans.writer("worker") if job.spans is not None else None
         job.link.setblocking(False)
+        self._news = select.poll()
+        self._news.register(job.link, select.POLLIN)
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Until the link ends or `stop` says so."""
         while not stop() and self._drain():
             start_ns = self._clock.now_ns()
             if self._loop.run_updates(limit=1) == 0:
-                select.select([self._job.link], [], [], WAIT_S)
+                self._news.poll(WAIT_MS)
                 now_ns = self._clock.now_ns()
             else:
                 now_ns = self._clock.now_ns()
@@ -372,8 +372,8 @@ def _catch_signals() -> Callable[[], bool]:
 def _yield_to_others() -> None:
     """Lowest scheduling class, before any thread starts; and keep freed memory.
 
-    glibc gives blocks above 32 MB at most back to the kernel and faults new pages in; keeping them takes the sac-lite
-    update from 38 to 31 ms (median, one core).
+    By default glibc maps large blocks one by one and returns them to the kernel, so that every update faults in new
+    pages; keeping them takes the sac-lite update from 38 to 31 ms (median, one core).
     """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     libc = ctypes.CDLL(None)

@@ -91,6 +91,7 @@ def test_settings_that_are_no_section_are_refused():
         settings={"task": "builtins:int"},
         build=lambda settings: settings,
         driver="",
+        commissioning="",
         emulator="",
         world="",
         worlds="",

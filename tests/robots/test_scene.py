@@ -63,7 +63,7 @@ def follow(lens, direction, up):
         low, high = BOX.panorama_up
         return 255 * (0.5 - azimuth / (2 * math.pi)), 255 * (1 - min(1, max(0, (up - low) / (high - low)))), 200
     side = axis + (0 if direction[axis] > 0 else 2)
-    along = (lens + direction * depth)[1 - axis] * (1 if side in (0, 3) else -1)
+    along = (lens + direction * depth)[1 - axis]
     return 255 * (0.5 + along / (2 * half[1 - axis])), 255 * (1 - z / BOX.wall_m), 40 * (1 + side)
 
 

@@ -74,7 +74,7 @@ class Interleaved:
         return getattr(self._ring, name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(delays=st.lists(st.integers(0, 3), min_size=1, max_size=40))
 def test_whatever_the_writer_does_in_between_a_held_policy_stays_whole(delays):
     box = PolicyBox(4)
@@ -101,7 +101,7 @@ def test_whatever_the_writer_does_in_between_a_held_policy_stays_whole(delays):
             assert np.array_equal(reader.module, held)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(polls=st.lists(st.booleans(), min_size=1, max_size=60))
 def test_whatever_the_reader_does_while_a_policy_is_written_its_own_stays_whole(polls):
     box = PolicyBox(4)

@@ -213,7 +213,7 @@ def play(bench: Bench, events: list[tuple[str, int, int]]) -> None:
                 bench.close(stream, new_frames)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(events=EVENTS, lookahead=st.integers(1, 4), frames=st.integers(1, 3), streams=st.integers(1, 3))
 def test_everything_written_is_offered_exactly_once(events, lookahead, frames, streams):
     bench = Bench(make_layout(capacity=2048, lookahead=lookahead, frames=frames, streams=streams))
@@ -222,7 +222,7 @@ def test_everything_written_is_offered_exactly_once(events, lookahead, frames, s
         assert sorted(offered(bench.sampler, n_step)) == sorted(bench.expected(n_step))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(events=EVENTS, lookahead=st.integers(1, 4), streams=st.integers(1, 3))
 def test_after_eviction_what_is_left_is_still_true_and_the_newest(events, lookahead, streams):
     bench = Bench(make_layout(capacity=16, lookahead=lookahead, streams=streams))

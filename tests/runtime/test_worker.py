@@ -19,7 +19,7 @@ from relod.algos.agent import flatten_policy, policy_size
 from relod.algos.sac import SAC, SacSettings
 from relod.config import LearnerSettings
 from relod.errors import SettingsError, StartError
-from relod.runtime.clock import NS_PER_S, VirtualClock, monotonic_ns
+from relod.runtime.clock import NS_PER_MS, NS_PER_S, VirtualClock, monotonic_ns
 from relod.runtime.policy import PolicyBox, PolicyReader
 from relod.runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
 from relod.runtime.worker import (
@@ -245,9 +245,9 @@ def make_job(tmp_path: Path, link: socket.socket, table: ReplayTable, box: Polic
 
 
 def receive_status(link: socket.socket, deadline_ns: int) -> WorkerStatus:
-    left_s = (deadline_ns - monotonic_ns()) / NS_PER_S
-    ready, _, _ = select.select([link], [], [], max(0.0, left_s))
-    assert ready, "no status in time"
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    assert poll.poll(max(0, deadline_ns - monotonic_ns()) / NS_PER_MS), "no status in time"
     return msgspec.msgpack.decode(link.recv(1 << 16), type=WorkerStatus)
 
 

@@ -221,8 +221,8 @@ def _side_light(look: ArenaLook, side: int) -> _Array:
     along = _centres(width, half)[None, :]
     z = (ARENA.wall_m - (np.arange(height, dtype=np.float32) + 0.5) * ARENA.texel_m)[:, None]
     normal = ((-1, 0, 0), (0, -1, 0), (1, 0, 0), (0, 1, 0))[side]
-    x = (ARENA.half_x_m, -along, -ARENA.half_x_m, along)[side]
-    y = (along, ARENA.half_y_m, -along, -ARENA.half_y_m)[side]
+    x = (ARENA.half_x_m, along, -ARENA.half_x_m, along)[side]
+    y = (along, ARENA.half_y_m, along, -ARENA.half_y_m)[side]
     foot = 1 - 0.35 * np.exp(-z / 0.025)
     corner = 1 - 0.2 * np.exp(-(half - np.abs(along)) / 0.02)
     return np.asarray(_light(look, x, y, z, normal) * foot * corner, np.float32)

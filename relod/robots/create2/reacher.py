@@ -221,6 +221,7 @@ CREATE_REACHER = TaskEntry(
     },
     build=CreateReacher,
     driver="relod.robots.create2.driver:Create2Driver",
+    commissioning="relod.robots.create2.commission:Create2Commissioning",
     emulator="relod.robots.create2.world:serve_world",
     world="relod.robots.create2.world:VirtualCreate",
     worlds="relod.robots.create2.world:WORLDS",
