@@ -155,7 +155,7 @@ def _section_types(sections: Mapping[str, type[Section]]) -> dict[str, type[Sect
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise StartError(f"settings file {file}: {error.strerror}", "check the path given to --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -175,14 +175,25 @@ def _merge(
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any, types: Mapping[str, Any], source: str) -> None:
     if not _lookup(dotted, types):
-        known = [name for name, _, _ in _walk(types)]
-        close = difflib.get_close_matches(dotted, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "`relod settings` lists all settings"
-        raise SettingsError(f"unknown setting {dotted!r} ({source})", hint)
+        raise SettingsError(f"unknown setting {dotted!r} ({source})", _what_was_meant(dotted, types))
     *sections, name = dotted.split(".")
     for section in sections:
         tree = tree.setdefault(section, {})
     tree[name] = value
+
+
+def _what_was_meant(dotted: str, types: Mapping[str, Any]) -> str:
+    """A hint for a name that is no setting."""
+    known = [name for name, _, _ in _walk(types)]
+    inside = [name for name in known if name.startswith(f"{dotted}.")]
+    if inside:
+        return f"{dotted} is a section; set one of its settings, for example {inside[0]}"
+    close = difflib.get_close_matches(dotted, types, n=1, cutoff=0.6) if "." not in dotted else []  # a section
+    close = close or difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+    close = close or [name for name in known if name.rpartition(".")[2] == dotted.rpartition(".")[2]]
+    if close:
+        return f"did you mean {close[0]}?"
+    return "`relod settings` lists all settings"
 
 
 def _lookup(dotted: str, types: Mapping[str, Any], *, sections: bool = False) -> bool:
@@ -244,16 +255,22 @@ def _bare_type(hint: Any) -> Any:
 def _describe_hint(hint: Any) -> str:
     """Type, bounds and meaning of a setting, in a line."""
     bare, metas = _bare_type(hint), [m for m in get_args(hint)[1:] if isinstance(m, Meta)]
-    if get_origin(bare) is Literal:
-        type_name = " | ".join(map(str, get_args(bare)))
-    else:
-        type_name = getattr(bare, "__name__", str(bare)) if not get_args(bare) else str(bare)
-    words = [type_name]
+    words = [_type_name(bare)]
     for meta in metas:
         bounds = ((">=", meta.ge), (">", meta.gt), ("<=", meta.le), ("<", meta.lt))
         words += [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
     text = next((m.description for m in metas if m.description), "")
     return ", ".join(words) + (f": {text}" if text else "")
+
+
+def _type_name(bare: Any) -> str:
+    """A type as a user writes its values: a | b for choices, [int, ...] for lists."""
+    arguments = get_args(bare)
+    if get_origin(bare) is Literal:
+        return " | ".join(map(str, arguments))
+    if get_origin(bare) is tuple:
+        return "[" + ", ".join("..." if a is ... else _type_name(_bare_type(a)) for a in arguments) + "]"
+    return str(bare) if arguments else getattr(bare, "__name__", str(bare))
 
 
 def describe(sections: Mapping[str, type[Section]]) -> Iterator[tuple[str, Any, str]]:
@@ -296,5 +313,5 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, str):
-        return msgspec.json.encode(value).decode()
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")  # JSON allows it bare, TOML does not
     return repr(value)

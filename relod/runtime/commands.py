@@ -1,14 +1,16 @@
-"""The way of commands from the control process to the device process: the newest wins, and only while it is fresh."""
+"""The way of commands from the control process to the device process: the newest wins, and only while it is fresh
+and the process that wrote it lives."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..types import NO_REQUEST
 from .shared import Ring
 
-__all__ = ["CommandRing", "Leash"]
+__all__ = ["CommandRing", "Leash", "WriterWatch"]
 
 
 class CommandRing:
@@ -69,3 +71,39 @@ class Leash:
     def expired(self, now_ns: int) -> bool:
         """Whether the robot moves, if it does, on a command that is too old."""
         return not self.held and now_ns - self.issued_ns > self.limit_ns
+
+
+class WriterWatch:
+    """Notices the death of the process that writes the commands at once, not by its silence (Linux pidfd).
+
+    `on_gone()` is called on the loop when the process last given to `follow` has died.
+    """
+
+    def __init__(self, on_gone: Callable[[], None]) -> None:
+        self.pid = 0
+        self._fd = -1
+        self._on_gone = on_gone
+
+    def follow(self, pid: int) -> bool:
+        """Watch this process from now on; False if it is dead."""
+        if pid == self.pid:
+            return self._fd >= 0
+        self.close()
+        self.pid = pid
+        try:
+            self._fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return False
+        asyncio.get_running_loop().add_reader(self._fd, self._on_readable)
+        return True
+
+    def _on_readable(self) -> None:
+        self.close()
+        self._on_gone()
+
+    def close(self) -> None:
+        """Watch nobody."""
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+        self._fd = -1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import signal
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from ..config import SafetySettings, Section
 from ..errors import EXIT_SIGTERM, RelodError, SafetyStop, StartError
 from ..types import Driver
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
-from .commands import CommandRing, Leash
+from .commands import CommandRing, Leash, WriterWatch
 from .guardian import Guard
 from .processes import Channel, Event, Ready, Report, load_attribute
 from .shared import SensorRing
@@ -117,8 +116,7 @@ class _Device:
         self._at_rest = True  # nothing that moves was commanded since the sensors last showed it standing
         self._moved_ns = self._held_ns = 0  # when it was last told to move, and to stand
         self._checks_held = 0
-        self._owner_pid = 0
-        self._owner_fd = -1
+        self._writer = WriterWatch(self._on_writer_gone)
         self._commands = self._late = self._stops = self._write_errors = 0
         job.sensors.ring.take_over()
         newest = self._ring.newest()  # what was asked before this process ran is not executed any more
@@ -181,6 +179,7 @@ class _Device:
         self._serving = False
         asyncio.get_running_loop().remove_reader(self._signal.fileno())
         self._hold()
+        self._writer.close()
         stands = await self._wait_until_it_stands()
         self._channel.send(Report({"stopped_cleanly": float(stands)}))
         if self._guard is not None and stands:
@@ -211,7 +210,7 @@ class _Device:
             self._seen, newest = seq, record
             if self._serving and int(record["request_id"]) > self._request_id:
                 self._request(record)
-        if newest is not None and self._serving and self._watch_owner(int(newest["writer_pid"])):
+        if newest is not None and self._serving and self._writer.follow(int(newest["writer_pid"])):
             self._execute(newest)
 
     def _request(self, record: npt.NDArray[np.void]) -> None:
@@ -294,35 +293,15 @@ class _Device:
         finally:
             timer.close()
 
-    def _watch_owner(self, pid: int) -> bool:
-        """Notice the death of the process that commands the robot at once, not by its silence; False if it is dead."""
-        if pid == self._owner_pid:
-            return self._owner_fd >= 0
-        self._forget_owner()
-        self._owner_pid = pid
-        try:
-            self._owner_fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return False
-        asyncio.get_running_loop().add_reader(self._owner_fd, self._on_owner_gone)
-        return True
-
-    def _on_owner_gone(self) -> None:
-        gone = self._owner_pid
-        self._forget_owner()
-        self._on_commands()
-        if self._owner_pid != gone:
+    def _on_writer_gone(self) -> None:
+        gone = self._writer.pid
+        self._on_commands()  # its last words
+        if self._writer.pid != gone:
             return  # its successor commands already
         moving = not self._leash.held and not self._stands()
         self._hold()
         if moving:
             self._tell("the process that commands the robot is gone: robot stopped")
-
-    def _forget_owner(self) -> None:
-        if self._owner_fd >= 0:
-            asyncio.get_running_loop().remove_reader(self._owner_fd)
-            os.close(self._owner_fd)
-        self._owner_fd = -1
 
     # The wire and its guard.
 

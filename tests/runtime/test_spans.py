@@ -93,15 +93,14 @@ def test_durations_may_come_in_parts_and_be_kept_as_counts(values, cut):
     assert at_once.count == in_parts.count == kept.count == len(values)
 
 
-@pytest.mark.parametrize(
-    ("values", "summary"), [([], (0.0, 0.0)), ([-3.0], (0.0, 0.0)), ([0.0], (0.0, 0.0)), ([5e9], (5e9, 5e9))]
-)
-def test_values_outside_the_bins_are_bounded_by_the_largest(values, summary):
+@pytest.mark.parametrize("values", [[], [-3.0], [0.0], [1e-9], [5e9]])
+def test_values_outside_the_bins_are_bounded_by_the_largest(values):
     histogram = Histogram()
     histogram.add_ms(values)
     told = histogram.summary_ms()
-    assert (told["max"], told["p50"]) <= summary
-    assert set(told) == {"p50", "p90", "p99", "p999", "max"}
+    assert told["max"] == round(max([0.0, *values]), 3)
+    assert 0.0 <= told["p50"] <= told["p99"] <= told["max"]
+    assert list(told) == ["p50", "p90", "p99", "p999", "max"]
 
 
 def test_histograms_do_not_share_their_counts():

@@ -25,7 +25,7 @@ from .oi import STREAM_PERIOD_NS, Bumps
 from .plant import Pose
 from .wire import GARBLED, PtyPort, Wire
 
-__all__ = ["CameraFeed", "EmulatorOptions", "EmulatorReady", "serve"]
+__all__ = ["CameraFaults", "CameraFeed", "EmulatorOptions", "EmulatorReady", "serve"]
 
 STAND_LIMIT_NS = NS_PER_S  # how long wheels that turn may keep the emulator from ending
 
@@ -41,6 +41,20 @@ class CameraFeed(Protocol):
     def due(self, now_ns: int) -> Sequence[SimFrame]:
         """Frames that have arrived since the last call."""
         ...
+
+
+class CameraFaults(Protocol):
+    """What can go wrong with a simulated camera; a `FrameServer` can all of it."""
+
+    def stall(self, duration_s: float) -> None: ...
+
+    def resize(self, height: int, width: int) -> None: ...
+
+    def corrupt(self, frames: int) -> None: ...
+
+    async def unplug(self) -> None: ...
+
+    async def plug(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +82,7 @@ async def serve(
     stop: asyncio.Event,
     camera: CameraFeed | None = None,
     publish: Callable[[SimFrame], None] | None = None,
+    camera_faults: CameraFaults | None = None,
 ) -> None:
     """Run the robot until `stop` is set and its wheels stand, or one second later if they do not.
 
@@ -77,7 +92,7 @@ async def serve(
     Raises:
         StartError: no pseudo-terminal, or a name for port or socket that cannot be used.
     """
-    emulator = _Emulator(firmware, options.symlink, camera, publish)
+    emulator = _Emulator(firmware, options.symlink, camera, publish, camera_faults)
     control = str(options.control) if options.control is not None else None
     try:
         async with AsyncExitStack() as stack:
@@ -110,7 +125,10 @@ class _Emulator:
         symlink: Path | None,
         camera: CameraFeed | None,
         publish: Callable[[SimFrame], None] | None,
+        camera_faults: CameraFaults | None,
     ) -> None:
+        self.camera_faults = camera_faults
+        self.unplugged: asyncio.Task[None] | None = None  # brings the camera's cable back
         self.firmware = firmware
         self.wire = Wire(firmware.baud_rate)
         self.symlink = symlink
@@ -220,8 +238,29 @@ class _Emulator:
         self.port = self.open_port()
 
     def cancel_replug(self) -> None:
-        if self.replugging is not None:
-            self.replugging.cancel()
+        for task in (self.replugging, self.unplugged):
+            if task is not None:
+                task.cancel()
+
+    def break_camera(
+        self, operation: ops.CameraStall | ops.CameraUnplug | ops.CameraResize | ops.CameraCorrupt
+    ) -> None:
+        faults = self.camera_faults
+        if faults is None:
+            raise ValueError("there is no camera")
+        match operation:
+            case ops.CameraStall():
+                faults.stall(operation.seconds)
+            case ops.CameraResize():
+                faults.resize(operation.height, operation.width)
+            case ops.CameraCorrupt():
+                faults.corrupt(operation.count)
+            case ops.CameraUnplug():
+                if self.unplugged is not None and not self.unplugged.done():
+                    raise ValueError("the camera's cable is already pulled")
+                self.unplugged = self.tasks.create_task(
+                    _pull_camera(faults, operation.seconds), name="create2-camera-cable"
+                )
 
     def hang_up(self, seconds: float) -> None:
         if self.port is None:
@@ -264,6 +303,8 @@ class _Emulator:
             case ops.Place():
                 pose = Pose(x_m=operation.x_m, y_m=operation.y_m, heading_rad=operation.heading_rad)
                 firmware.place(pose, now_ns)
+            case ops.CameraStall() | ops.CameraUnplug() | ops.CameraResize() | ops.CameraCorrupt():
+                self.break_camera(operation)
             case ops.State():
                 return self.state(now_ns)
             case ops.WheelLog():
@@ -299,6 +340,12 @@ class _Emulator:
             "commands": {opcode.name: count for opcode, count in firmware.commands.items()},
             "notes": list(firmware.notes),
         }
+
+
+async def _pull_camera(faults: CameraFaults, seconds: float) -> None:
+    await faults.unplug()
+    await asyncio.sleep(seconds)
+    await faults.plug()
 
 
 def _bits(sides: ops.WheelDrop | ops.Bump, left: Bumps, right: Bumps) -> int:

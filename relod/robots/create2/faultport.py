@@ -118,6 +118,31 @@ class Place(Operation, frozen=True):
     heading_rad: float
 
 
+class CameraStall(Operation, frozen=True, tag="camera_stall"):
+    """The camera hangs for a while, its connections open."""
+
+    seconds: Seconds
+
+
+class CameraUnplug(Operation, frozen=True, tag="camera_unplug"):
+    """Pull the camera's cable; put it back after a while."""
+
+    seconds: Seconds
+
+
+class CameraResize(Operation, frozen=True, tag="camera_resize"):
+    """The camera delivers pictures of another size from now on."""
+
+    height: Annotated[int, Meta(ge=1, le=4096)]
+    width: Annotated[int, Meta(ge=1, le=4096)]
+
+
+class CameraCorrupt(Operation, frozen=True, tag="camera_corrupt"):
+    """Damage the camera's next frames."""
+
+    count: Annotated[int, Meta(ge=0)]
+
+
 class State(Operation, frozen=True):
     """Ask for everything about the robot."""
 
@@ -141,6 +166,10 @@ AnyOperation: TypeAlias = (
     | HangUp
     | Wake
     | Place
+    | CameraStall
+    | CameraUnplug
+    | CameraResize
+    | CameraCorrupt
     | State
     | WheelLog
 )

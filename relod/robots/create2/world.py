@@ -159,6 +159,7 @@ async def serve_world(
             stop=stop,
             camera=camera,
             publish=server.publish,
+            camera_faults=server,
         )
 
 

@@ -174,7 +174,7 @@ def test_damaged_bytes_cost_only_their_frames(tmp_path: Path, fault: str) -> Non
             await rig.fault(fault, count=60)
             await rig.until(lambda: len(rig.packets) >= count + 10)
             longest_ms = max((b[0] - a[0]) / 1e6 for a, b in zip(rig.packets, rig.packets[1:], strict=False))
-            assert longest_ms < 90
+            assert longest_ms < 200
             assert float(rig.driver.counters()["skipped_bytes"]) > 0
             assert all(packet["oi_mode"] == 2 for _, packet in rig.packets)
 

@@ -1,0 +1,165 @@
+"""Whole commands as a user starts them, for the tests that need real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from relod.robots.create2.faultport import ask
+
+RELOD = (sys.executable, "-m", "relod")
+START_LIMIT_S = 60.0
+# Small networks and early updates: these tests are about processes, not about learning.
+QUICK = (
+    *("--set", "agent.init_steps=20"),
+    *("--set", "agent.batch_size=8"),
+    *("--set", "agent.hidden=[32,32]"),
+    *("--set", "agent.conv_channels=8"),
+    *("--set", "replay.capacity=2000"),
+    *("--set", "task.reset_max_speed_mm_s=250"),
+)
+
+
+class Emulator:
+    """`relod emulate create` in a process of its own, as a robot would be."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.control = folder / "control.sock"
+        self.wheel_log = folder / "wheels.jsonl"
+        self.process = subprocess.Popen(
+            [*RELOD, "emulate", "create", "--control", self.control, "--wheel-log", self.wheel_log, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        where = json.loads(self.process.stdout.readline())
+        self.port, self.camera_url = where["port"], where["camera_url"]
+
+    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        return ask(self.control, op, **fields)
+
+    def stop(self) -> list[dict[str, Any]]:
+        """End it and return its wheel log."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(10)
+        return [json.loads(line) for line in self.wheel_log.read_text().splitlines()]
+
+
+@contextmanager
+def emulator(folder: Path, *arguments: str) -> Iterator[Emulator]:
+    """An emulator that is gone after the block."""
+    running = Emulator(folder, *arguments)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        assert running.process.stdout is not None
+        running.process.stdout.close()
+
+
+class Run:
+    """`relod robot` as a process, its run folders in `folder`."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder / "runs"
+        self._out, self._err = (folder / "stdout").open("w+"), (folder / "stderr").open("w+")
+        command = [*RELOD, "robot", "--json", "--set", f"run.folder={self.folder}", *QUICK, *arguments]
+        self.process = subprocess.Popen(command, stdout=self._out, stderr=self._err, cwd=folder)
+
+    def wait(self, limit_s: float = 60.0) -> int:
+        """Its exit code."""
+        return self.process.wait(limit_s)
+
+    def result(self) -> dict[str, Any]:
+        """The JSON document it printed."""
+        self._out.seek(0)
+        document = json.load(self._out)
+        assert isinstance(document, dict)
+        return document
+
+    def messages(self) -> str:
+        self._err.seek(0)
+        return self._err.read()
+
+    def pid_of(self, name: str) -> int:
+        """Process id of a child by its name, for example `control`."""
+        return children(self.process.pid)[f"relod-{name}"[:15]]
+
+    def wait_for_steps(self, count: int) -> None:
+        """Until that many steps have been written to the metrics, so that the robot is driving."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while self.steps() < count:
+            assert self.process.poll() is None, self.messages()
+            assert time.monotonic() < deadline, f"no {count} steps in {START_LIMIT_S} s: {self.messages()}"
+            time.sleep(0.05)
+
+    def steps(self) -> int:
+        try:
+            lines = (self.folder / "latest" / "metrics.jsonl").read_text().splitlines()
+            return int(json.loads(lines[-1])["steps"])
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def close(self) -> None:
+        for pid in (*children(self.process.pid).values(), self.process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        self._out.close()
+        self._err.close()
+
+
+@contextmanager
+def robot(folder: Path, *arguments: str) -> Iterator[Run]:
+    """A run that is gone after the block, with all its children."""
+    running = Run(folder, *arguments)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def relod(folder: Path, *arguments: str, limit_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run([*RELOD, *arguments], capture_output=True, text=True, cwd=folder, timeout=limit_s)
+
+
+def children(pid: int) -> dict[str, int]:
+    """Children of a process by the name they gave themselves."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text()
+                parent = int(fields.rpartition(")")[2].split()[1])
+                if parent == pid:
+                    found[fields[fields.index("(") + 1 : fields.rindex(")")]] = int(entry.name)
+            except OSError:
+                continue
+    return found
+
+
+def stood_after_ms(log: Sequence[dict[str, Any]], killed_ns: int) -> float:
+    """From `killed_ns` until both wheels stood for good, in the emulator's own log."""
+    stood_ns: int | None = killed_ns
+    for record in log:
+        if any(record[f"{kind}_{side}_mm_s"] for kind in ("requested",) for side in ("left", "right")) or any(
+            record[f"{side}_mm_s"] for side in ("left", "right")
+        ):
+            stood_ns = None
+        elif stood_ns is None:
+            stood_ns = max(int(record["t_ns"]), killed_ns)
+    assert stood_ns is not None, "the wheels still turn"
+    return (stood_ns - killed_ns) / 1e6

@@ -1,0 +1,186 @@
+"""Whole runs as a user starts them: the main job, every kind of death, hardware that fails, a recording."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import emulator, relod, robot, stood_after_ms
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+# The project's limit is 300 ms, shown by benchmarks/stopping.py on 30 moments each; a busy machine may add to it.
+STOP_LIMIT_MS = 450.0
+
+KEYS = {
+    "steps",
+    "episodes",
+    "returns",
+    "updates",
+    "overruns",
+    "cycle_lateness_ms",
+    "act_ms",
+    "sensor_age_ms",
+    "frame_age_ms",
+    "policy_version",
+    "replay_steps",
+    "run_dir",
+    "simulated",
+    "stopped_cleanly",
+}
+
+
+def test_main_job(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    with robot(tmp_path, "--steps", "150") as run:
+        assert run.wait() == 0, run.messages()
+        result = run.result()
+        assert result.keys() >= KEYS
+        assert (result["steps"], result["replay_steps"], result["simulated"]) == (150, 150, True)
+        assert result["updates"] > 0
+        assert result["policy_version"][1] > 0, "no policy of the learner ever acted"
+        assert result["stopped_cleanly"] is True
+        assert set(result["act_ms"]) == {"p50", "p90", "p99", "p999", "max"}
+        folder = tmp_path / result["run_dir"]
+        for name in ("settings.toml", "run.json", "metrics.jsonl", "episodes.jsonl", "spans.bin"):
+            assert (folder / name).stat().st_size > 0, name
+        assert list((folder / "checkpoints").glob("*.safetensors"))
+    assert set(os.listdir("/dev/shm")) <= before, "shared memory was left behind"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_the_robot_standing(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with (
+        emulator(tmp_path) as world,
+        robot(tmp_path, "--robot", world.port, "--camera", world.camera_url) as run,
+    ):
+        run.wait_for_steps(20)
+        sent_ns = time.monotonic_ns()
+        run.process.send_signal(number)
+        assert run.wait() == code, run.messages()
+        result = run.result()
+        assert result["stopped_cleanly"] is True
+        assert result["simulated"] is False
+        assert stood_after_ms(world.stop(), sent_ns) < STOP_LIMIT_MS
+
+
+@pytest.mark.parametrize("victims", [("parent",), ("control",), ("device",), ("parent", "control")])
+def test_killed_processes_leave_the_robot_standing(tmp_path: Path, victims: tuple[str, ...]) -> None:
+    with (
+        emulator(tmp_path) as world,
+        # A device process that is started again would soon drive on, so this one may not be.
+        robot(tmp_path, "--robot", world.port, "--camera", world.camera_url, "--set", "safety.max_restarts=0") as run,
+    ):
+        run.wait_for_steps(20)
+        pids = [run.process.pid if name == "parent" else run.pid_of(name) for name in victims]
+        killed_ns = time.monotonic_ns()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        code = run.wait()
+        if "parent" not in victims:
+            assert code == 4, run.messages()
+            assert f"{victims[0]} process was killed by SIGKILL" in run.messages()
+        time.sleep(0.5)
+        assert stood_after_ms(world.stop(), killed_ns) < STOP_LIMIT_MS
+
+
+def test_camera_worker_and_device_are_replaced(tmp_path: Path) -> None:
+    with robot(tmp_path, "--steps", "600") as run:
+        run.wait_for_steps(30)
+        for name in ("worker", "camera", "device"):
+            os.kill(run.pid_of(name), signal.SIGKILL)
+            time.sleep(1.0)
+        assert run.wait(120) == 0, run.messages()
+        result = run.result()
+        assert result["restarts"] == {"worker": 1, "camera": 1, "device": 1}
+        assert result["steps"] == result["replay_steps"] == 600
+        assert result["policy_version"][0] == 2, "the second worker's policies have a higher epoch"
+
+
+def test_cable_comes_back_or_the_run_ends(tmp_path: Path) -> None:
+    link = tmp_path / "robot"
+    with (
+        emulator(tmp_path, "--link", str(link)) as world,
+        robot(tmp_path, "--robot", str(link), "--camera", world.camera_url, "--set", "robot.reopen_limit_s=3") as run,
+    ):
+        run.wait_for_steps(20)
+        world.ask("hang_up", seconds=1.0)
+        time.sleep(3.0)
+        steps = run.steps()
+        run.wait_for_steps(steps + 30)
+        world.ask("hang_up", seconds=60.0)
+        assert run.wait() == 4, run.messages()
+        assert "ROBOT MAY BE MOVING" in run.messages() or "the robot stood" in run.messages()
+
+
+def test_camera_that_stays_away_ends_the_run(tmp_path: Path) -> None:
+    with (
+        emulator(tmp_path) as world,
+        robot(
+            tmp_path,
+            *("--robot", world.port, "--camera", world.camera_url),
+            *("--set", "safety.stall_limit_s=2"),
+        ) as run,
+    ):
+        run.wait_for_steps(20)
+        world.ask("camera_unplug", seconds=60.0)
+        assert run.wait() == 4, run.messages()
+        assert "no camera image for 2 s" in run.messages()
+        assert run.result()["stopped_cleanly"] is True
+
+
+def test_recorded_run_replays_identically(tmp_path: Path) -> None:
+    with robot(tmp_path, "--steps", "200", "--record") as run:
+        assert run.wait() == 0, run.messages()
+        folder = run.result()["run_dir"]
+    done = relod(tmp_path, "replay", folder)
+    assert done.returncode == 0, done.stderr
+    assert "200 steps" in done.stderr
+    assert "identical" in done.stderr
+
+
+def test_hardware_that_is_not_there(tmp_path: Path) -> None:
+    with robot(tmp_path, "--robot", "/dev/ttyNONE", "--camera", "0") as run:
+        assert run.wait() == 3
+        assert "/dev/ttyNONE" in run.messages().splitlines()[-1]
+
+
+def test_port_that_is_busy_silent_or_at_another_speed(tmp_path: Path) -> None:
+    import serial
+
+    with emulator(tmp_path) as world:
+        arguments = ("--robot", world.port, "--camera", world.camera_url)
+        with serial.Serial(world.port, exclusive=True), robot(tmp_path, *arguments) as run:
+            assert run.wait() == 3
+            assert "busy" in run.messages().splitlines()[-1]
+        with robot(tmp_path, *arguments, "--set", "robot.baud=57600") as run:
+            assert run.wait() == 3
+            assert "baud" in run.messages().splitlines()[-1]
+        world.ask("freeze", seconds=60.0)
+        with robot(tmp_path, *arguments) as run:
+            assert run.wait() == 3
+            assert world.port in run.messages().splitlines()[-1]
+
+
+def test_camera_that_is_not_there(tmp_path: Path) -> None:
+    with emulator(tmp_path) as world:
+        for source in ("/dev/video97", "http://127.0.0.1:9/"):
+            with robot(tmp_path, "--robot", world.port, "--camera", source) as run:
+                assert run.wait() == 3
+                assert source in run.messages().splitlines()[-1]
+
+
+def test_full_disk_stops_the_run(tmp_path: Path) -> None:
+    with robot(tmp_path, "--steps", "100000") as run:
+        run.wait_for_steps(20)
+        # No file of this process may grow any more: the kernel refuses as it does on a full disk (EFBIG).
+        size = (run.folder / "latest" / "metrics.jsonl").stat().st_size
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size + 1, resource.RLIM_INFINITY))
+        assert run.wait(60) == 4, run.messages()
+        assert "the disk is full" in run.messages().splitlines()[-1]
+        assert run.result()["stopped_cleanly"] is True
