@@ -145,7 +145,10 @@ class RobotHost:
 
     def run(self) -> Result:
         """Run until the steps are done, a signal, or a failure; the robot stands when this returns."""
-        uvloop.run(self._run())
+        try:
+            uvloop.run(self._run())
+        finally:
+            self._supervisor.kill_all()  # whatever went wrong: a child that lives would keep this process from ending
         if self._defect is not None:
             raise self._defect
         summary = self.progress.summary(self._profile)
@@ -390,7 +393,6 @@ class RobotHost:
             *(stop(extra.name, limit_s=WORKER_STOP_LIMIT_S) for extra in self._extra),
         )
         await stop("world")
-        self._supervisor.kill_all()
         self._profile.drain(final=True)
         self._guarded(self._close_period)
         if self._recorder is not None:

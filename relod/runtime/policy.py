@@ -1,8 +1,8 @@
 """The policy box: newest policy from one writer to one reader on the same host, without waiting and without decoding.
 
-Three flat float32 buffers in anonymous shared memory. The writer fills the one that is neither the latest nor held by
-the reader, then publishes a small record naming it. The reader's networks are views of the three buffers, so taking a
-new policy is a change of reference. No torch in here: the process that receives policies over a link needs none.
+Three flat float32 buffers, one torch tensor in shared memory. The writer fills the one that is neither the latest nor
+held by the reader, then publishes a small record naming it. The reader's networks are views of the three buffers, so
+taking a new policy is a change of reference.
 
 Why a held buffer is never written. The reader (1) reads which buffer is the latest, (2) publishes that it holds that
 one, (3) reads the latest again, and repeats until (3) agrees with (1). The writer publishes a buffer before it looks
@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import numpy as np
+import torch
 
 from ..types import FloatArray
-from .shared import Memory, Ring, Signal
+from .shared import Ring, Signal
+from .tensors import shared_tensor
 
 __all__ = ["NO_POLICY", "PolicyBox", "PolicyReader", "PolicyWriter"]
 
@@ -39,18 +40,18 @@ class PolicyBox:
         self.size = size  # float32 values in a policy
         self.latest = Ring("policy-latest", _LATEST, 8)
         self.held = Ring("policy-held", _HELD, 8)
-        self._memory = Memory("policy", BUFFERS * size * 4)
+        self._tensor = shared_tensor((BUFFERS, size), torch.float32)
         self._bind()
 
     def _bind(self) -> None:
-        self.buffers: list[FloatArray] = list(self._memory.array(np.float32, (BUFFERS, self.size)))
+        self.buffers: list[FloatArray] = list(self._tensor.numpy())
 
     def add_signal(self) -> Signal:
         """A signal set at every new policy; only before the children are spawned."""
         return self.latest.add_signal()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"size": self.size, "latest": self.latest, "held": self.held, "_memory": self._memory}
+        return {"size": self.size, "latest": self.latest, "held": self.held, "_tensor": self._tensor}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

@@ -77,6 +77,7 @@ Message = Ready | Failed | Event | Report | Finish | Tell
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _MAX_MESSAGE_BYTES = 1 << 16
+_MAX_ERROR_CHARS = 2000  # of an error with, say, a whole array in it; the log has all
 
 
 class Channel:
@@ -182,7 +183,8 @@ def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any
         sys.exit(error.exit_code)
     except Exception as error:
         traceback.print_exc()
-        channel.send(Failed(EXIT_BUG, f"{name} process: {error!r}", f"details are in {log_path}"))
+        told = repr(error)[:_MAX_ERROR_CHARS]
+        channel.send(Failed(EXIT_BUG, f"{name} process: {told}", f"details are in {log_path}"))
         sys.exit(EXIT_BUG)
 
 
@@ -270,9 +272,7 @@ class Supervisor:
             if child.failure is not None:
                 raise child.failure
             if not child.alive and not self.listen(child):
-                raise child.failure or StartError(
-                    f"the {child.name} process died at its start", f"see {self._log_path}"
-                )
+                raise child.failure or StartError(f"at its start {_how_it_died(child)}", f"see {self._log_path}")
             if monotonic_ns() > deadline_ns:
                 raise StartError(
                     f"the {child.name} process was not ready after {limit_s:.0f} s", f"see {self._log_path}"
@@ -284,8 +284,9 @@ class Supervisor:
         return child.info
 
     def listen(self, child: Child) -> bool:
-        """Take in what the child has said; False once it has closed its end."""
-        assert child.channel is not None
+        """Take in what the child has said; False once it has closed its end, or was reaped."""
+        if child.channel is None or child.channel.fileno() < 0:
+            return False
         try:
             messages = child.channel.pending()
         except EOFError:
@@ -393,6 +394,13 @@ class Supervisor:
         for child in self.children.values():
             if child.alive and child.process is not None:
                 child.process.kill()
+
+    def close(self) -> None:
+        """After `stop`: kill what is left and let go of the channels."""
+        self.kill_all()
+        for child in self.children.values():
+            if child.channel is not None:
+                child.channel.close()
 
 
 def _may_restart(failure: RelodError | None) -> bool:

@@ -33,6 +33,11 @@ def defective(channel: Channel, job: object) -> None:
     raise ZeroDivisionError("by nothing")
 
 
+def verbose(channel: Channel, job: object) -> None:
+    """Fails with an error far larger than a message may be."""
+    raise ValueError("x" * 1_000_000)
+
+
 def sudden(channel: Channel, job: object) -> None:
     """Dies without a word."""
     os._exit(7)

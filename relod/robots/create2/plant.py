@@ -39,7 +39,9 @@ _TICK_S = SUBSTEPS_PER_TICK * _DT_S
 _HALF_X_M, _HALF_Y_M = ARENA_LENGTH_M / 2, ARENA_WIDTH_M / 2
 _FREE_X_M, _FREE_Y_M = _HALF_X_M - BODY_RADIUS_M, _HALF_Y_M - BODY_RADIUS_M  # where the centre can be
 
-STICTION_M_S = 0.005  # a wheel asked to stand that is slower than this stands [assumed]
+# A wheel asked to stand that is slower than this stands [assumed]: a third of the least speed the robot can set,
+# and too slow for its encoders to show a count in 45 ms.
+STICTION_M_S = 0.010
 BUMPER_TRAVEL_M = 0.002  # from touching to the switch [assumed]
 BUMPER_HALF_ANGLE_RAD = math.radians(95)
 BUMPER_OVERLAP_RAD = 0.25  # a hit within this bearing of straight ahead closes both switches [assumed]
