@@ -93,7 +93,11 @@ class Run:
 
     def pid_of(self, name: str) -> int:
         """Process id of a child by its name, for example `control`."""
-        return children(self.process.pid)[f"relod-{name}"[:15]]
+        deadline = time.monotonic() + START_LIMIT_S
+        while (pid := children(self.process.pid).get(f"relod-{name}"[:15])) is None:
+            assert time.monotonic() < deadline, f"no {name} process: {self.messages()}"
+            time.sleep(0.05)
+        return pid
 
     def wait_for_steps(self, count: int) -> None:
         """Until that many steps have been written to the metrics, so that the robot is driving."""

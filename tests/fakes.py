@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from relod.config import SafetySettings
 from relod.robots.limits import symmetric
 from relod.runtime.clock import NS_PER_MS, NS_PER_S
 from relod.runtime.cycle import Cycle, Inputs, Tick
+from relod.runtime.modes import Request
 from relod.types import Action, Command, Frame, Limits, Observation, Outcome, Reset, SensorWindow, TaskSpec
 
 CYCLE_NS = 40 * NS_PER_MS
@@ -172,3 +175,34 @@ class Bench:
             if tick.phase is phase:
                 return tick
         raise AssertionError(f"never {phase}")
+
+
+# -- the real task, small ----------------------------------------------------------------------------------------------
+
+SMALL = (
+    *("task.camera_height=24", "task.camera_width=32", "task.image_height=24", "task.image_width=32"),
+    *("task.frames=2", "task.episode_s=2", "task.reset_max_speed_mm_s=250"),
+    *("agent.init_steps=40", "agent.batch_size=8", "agent.conv_channels=4", "agent.conv_strides=[2,1]"),
+    *("agent.hidden=[16]", "agent.shift_px=1", "learner.threads=1", "replay.capacity=1024"),
+)
+
+
+def small_request(folder: Path, *assignments: str, seed: int = 0, steps: int = 150, **fields: Any) -> Request:
+    """A request for a short virtual run of Create-Reacher on tiny images and networks, recorded in `folder`."""
+    request = Request(
+        task="create",
+        mode="local-only",
+        algorithm="sac",
+        preset="sac-lite",
+        robot=None,
+        camera=None,
+        allow_mixed=False,
+        world="nominal",
+        clock="virtual",
+        config=None,
+        environment={},
+        assignments=(*SMALL, f"run.folder={folder}", *assignments),
+        overrides={"run.seed": seed, "run.steps": steps},
+        arguments=("robot",),
+    )
+    return replace(request, **fields)

@@ -178,8 +178,8 @@ def test_camera_that_is_not_there(tmp_path: Path) -> None:
 def test_full_disk_stops_the_run(tmp_path: Path) -> None:
     with robot(tmp_path, "--steps", "100000") as run:
         run.wait_for_steps(20)
-        # No file of this process may grow any more: the kernel refuses as it does on a full disk (EFBIG).
-        size = (run.folder / "latest" / "metrics.jsonl").stat().st_size
+        # The largest file of this process may not grow any more: the kernel refuses as on a full disk (EFBIG).
+        size = (run.folder / "latest" / "spans.bin").stat().st_size
         resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (size + 1, resource.RLIM_INFINITY))
         assert run.wait(60) == 4, run.messages()
         assert "the disk is full" in run.messages().splitlines()[-1]

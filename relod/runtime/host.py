@@ -148,7 +148,7 @@ class RobotHost:
         try:
             uvloop.run(self._run())
         finally:
-            self._supervisor.kill_all()  # whatever went wrong: a child that lives would keep this process from ending
+            self._supervisor.close()  # whatever went wrong: a child that lives would keep this process from ending
         if self._defect is not None:
             raise self._defect
         summary = self.progress.summary(self._profile)

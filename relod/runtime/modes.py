@@ -111,6 +111,10 @@ def resolve(request: Request) -> Plan:
         assignments=request.assignments,
         overrides=request.overrides,
     )
+    if request.clock == "virtual" and settings.run.record:
+        raise SettingsError(
+            "a run in virtual time is not recorded: its seed repeats it", "leave out --record, or use --clock wall"
+        )
     return Plan(
         task_name=request.task,
         entry=entry,

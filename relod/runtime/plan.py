@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Settings
+from ..config import RunSettings, Settings
 from ..robots.registry import TaskEntry
 from ..types import Task
 from .clock import NS_PER_S
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "steps_limit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,12 @@ class Plan:
     @property
     def max_steps(self) -> int:
         """Environment steps of the run; 0 for no limit."""
-        run = self.settings.run
-        limits = [run.steps] if run.steps else []
-        if run.minutes:
-            limits.append(max(1, round(run.minutes * 60 / self.cycle_s)))
-        return min(limits, default=0)
+        return steps_limit(self.settings.run, self.task.spec.cycle_ns)
+
+
+def steps_limit(run: RunSettings, cycle_ns: int) -> int:
+    """Environment steps after which a run ends, by its steps or its minutes of experience; 0 for no limit."""
+    limits = [run.steps] if run.steps else []
+    if run.minutes:
+        limits.append(max(1, round(run.minutes * 60 * NS_PER_S / cycle_ns)))
+    return min(limits, default=0)

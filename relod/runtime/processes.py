@@ -156,12 +156,13 @@ async def readable(source: Any) -> None:
     """Wait until `source` (anything with a fileno) can be read."""
     loop = asyncio.get_running_loop()
     event = asyncio.Event()
-    fd = source.fileno()
+    fd = os.dup(source.fileno())  # a loop has one reader per descriptor: a second waiter would silence the first
     loop.add_reader(fd, event.set)
     try:
         await event.wait()
     finally:
         loop.remove_reader(fd)
+        os.close(fd)
 
 
 def load_attribute(path: str) -> Any:

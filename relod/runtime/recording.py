@@ -32,6 +32,7 @@ from ..seeds import random_stream
 from ..types import EpisodeEnd, FloatArray, Frame, SensorWindow, Step
 from .cycle import Cycle, Inputs, Tick
 from .messages import CycleRecord, decode
+from .plan import steps_limit
 from .rundir import disk_errors
 
 __all__ = ["Recorder", "ReplayReport", "replay_run", "save_policy"]
@@ -99,6 +100,13 @@ class ReplayReport:
         return f"{told}: identical" if self.identical else f"{told}, then a difference: {self.difference}"
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A message of a trace that is none."""
+
+    text: str
+
+
 class _Policies:
     """The recorded policies, as the actor's source."""
 
@@ -109,15 +117,20 @@ class _Policies:
         bind_policy(module, self._flat)
 
     def become(self, version: tuple[int, int]) -> None:
-        if version != self.version:
-            self._flat[:] = np.load(self._folder / f"{version[0]}-{version[1]}.npy", allow_pickle=False)
-            self.version = version
+        if version == self.version:
+            return
+        path = self._folder / f"{version[0]}-{version[1]}.npy"
+        if not path.is_file():
+            raise StartError(f"{path} is missing from the recording", "replay needs the whole run folder")
+        self._flat[:] = np.load(path, allow_pickle=False)
+        self.version = version
 
 
 def replay_run(folder: Path) -> ReplayReport:
     """Replay a recorded run folder; `StartError` when it holds no recording."""
-    if not (folder / "trace.bin").is_file():
-        raise StartError(f"{folder} holds no recording (trace.bin)", "make the run with --record")
+    for name in ("trace.bin", "frames.bin", "run.json", "settings.toml"):
+        if not (folder / name).is_file():
+            raise StartError(f"{folder} holds no recording ({name})", "make the run with --record")
     torch.set_num_threads(1)
     meta = msgspec.json.decode((folder / "run.json").read_bytes())
     entry = registry.task(meta["task"])
@@ -133,7 +146,7 @@ def replay_run(folder: Path) -> ReplayReport:
         safety=settings.safety,
         rng=random_stream(settings.run.seed, "reset"),
         shrink=make_shrink(task.spec.image_hw),
-        max_steps=settings.run.steps,
+        max_steps=steps_limit(settings.run, task.spec.cycle_ns),
     )
     frames = _FrameFile(folder / "frames.bin", task.spec.camera_hw)
     return _compare(cycle, policies, frames, _messages(folder / "trace.bin"), entry.sensor_names)
@@ -143,13 +156,15 @@ def _compare(
     cycle: Cycle,
     policies: _Policies,
     frames: _FrameFile,
-    messages: Iterator[CycleRecord | Step | EpisodeEnd],
+    messages: Iterator[CycleRecord | Step | EpisodeEnd | Unreadable],
     sensor_names: tuple[str, ...],
 ) -> ReplayReport:
     report = ReplayReport()
     tick: Tick | None = None
     for message in messages:
         match message:
+            case Unreadable(text):
+                report.difference = f"the next message cannot be read: {text}"
             case CycleRecord():
                 if frames.missing(message):
                     break  # the recording reached its size limit here
@@ -199,7 +214,7 @@ def _inputs(record: CycleRecord, frames: _FrameFile, names: tuple[str, ...]) -> 
     return Inputs(window=window, frames=tuple(frames[frame_id] for frame_id, _, _ in record.frames))
 
 
-def _messages(path: Path) -> Iterator[CycleRecord | Step | EpisodeEnd]:
+def _messages(path: Path) -> Iterator[CycleRecord | Step | EpisodeEnd | Unreadable]:
     """Messages of a trace; a torn last one is left out."""
     data = path.read_bytes()
     at = 0
@@ -208,7 +223,10 @@ def _messages(path: Path) -> Iterator[CycleRecord | Step | EpisodeEnd]:
         at += _LENGTH.size
         if at + length > len(data):
             return
-        yield decode(data[at : at + length])
+        try:
+            yield decode(data[at : at + length])
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            yield Unreadable(str(error))
         at += length
 
 

@@ -21,7 +21,7 @@ def shared_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     try:
         os.ftruncate(fd, size_bytes)
         # The call with which torch.multiprocessing itself attaches a tensor it was sent; it duplicates the descriptor.
-        storage = torch.UntypedStorage._new_shared_fd_cpu(fd, size_bytes)
+        storage = torch.UntypedStorage._new_shared_fd_cpu(fd, size_bytes)  # type: ignore[attr-defined]
     finally:
         os.close(fd)
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)

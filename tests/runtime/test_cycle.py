@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from fakes import CYCLE_NS, FULL_SPEED, RESET_SPEED, STOP, Bench, FakeTask, ScriptedActor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from relod.robots.limits import Limits
 from relod.runtime.clock import NS_PER_MS
 from relod.runtime.cycle import Phase, Tick
 from relod.types import Outcome
+from tests.fakes import CYCLE_NS, FULL_SPEED, RESET_SPEED, STOP, Bench, FakeTask, ScriptedActor
 
 
 def running(bench: Bench, steps: int = 0) -> Bench:

@@ -16,7 +16,18 @@ import pytest
 
 from relod.errors import EXIT_BUG, EXIT_SAFETY, RelodError, SafetyStop, StartError
 from relod.runtime.clock import NS_PER_S, monotonic_ns
-from relod.runtime.processes import Channel, Child, Event, Finish, Ready, Report, Supervisor, Tell, load_attribute
+from relod.runtime.processes import (
+    Channel,
+    Child,
+    Event,
+    Finish,
+    Ready,
+    Report,
+    Supervisor,
+    Tell,
+    load_attribute,
+    readable,
+)
 
 # -- channel -----------------------------------------------------------------------------------------------------------
 
@@ -93,6 +104,20 @@ def test_a_channel_only_travels_into_a_process_that_is_being_spawned(ends):
 
 def test_load_attribute_imports_by_name():
     assert load_attribute("relod.runtime.processes:Channel") is Channel
+
+
+def test_two_may_wait_for_one_end(ends):
+    left, right = ends
+
+    async def main() -> None:
+        first, second = (asyncio.create_task(readable(right)) for _ in range(2))
+        await asyncio.sleep(0)
+        left.send(Event("x"))
+        async with asyncio.timeout(5):
+            await first
+            await second
+
+    asyncio.run(main())
 
 
 # -- supervisor --------------------------------------------------------------------------------------------------------
