@@ -7,6 +7,8 @@ float32 bytes. No pickle.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 
@@ -17,6 +19,7 @@ __all__ = ["CycleRecord", "decode", "encode"]
 MAX_MESSAGE_BYTES = 1 << 16
 
 
+# The fields of the types of the same name, arrays as bytes.
 class _Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     episode: int
     index: int
@@ -65,73 +68,25 @@ _decoder: msgspec.msgpack.Decoder[_Step | _EpisodeEnd | CycleRecord] = msgspec.m
 
 def encode(message: Step | EpisodeEnd | CycleRecord) -> bytes:
     """The message as bytes, at most `MAX_MESSAGE_BYTES`."""
-    match message:
-        case Step():
-            return _encoder.encode(
-                _Step(
-                    episode=message.episode,
-                    index=message.index,
-                    frame_ids=message.frame_ids,
-                    proprio=_bytes(message.proprio),
-                    action=_bytes(message.action),
-                    reward=message.reward,
-                    terminated=message.terminated,
-                    truncated=message.truncated,
-                    extras=_bytes(message.extras),
-                    policy_version=message.policy_version,
-                    observed_ns=message.observed_ns,
-                    acted_ns=message.acted_ns,
-                )
-            )
-        case EpisodeEnd():
-            return _encoder.encode(
-                _EpisodeEnd(
-                    episode=message.episode,
-                    length=message.length,
-                    frame_ids=message.frame_ids,
-                    proprio=_bytes(message.proprio),
-                    return_=message.return_,
-                    terminated=message.terminated,
-                    reason=message.reason,
-                    observed_ns=message.observed_ns,
-                )
-            )
-        case CycleRecord():
-            return _encoder.encode(message)
+    if isinstance(message, CycleRecord):
+        return _encoder.encode(message)
+    kind = _Step if isinstance(message, Step) else _EpisodeEnd
+    values: dict[str, Any] = {name: getattr(message, name) for name in kind.__struct_fields__}
+    values = {name: _bytes(v) if isinstance(v, np.ndarray) else v for name, v in values.items()}
+    return _encoder.encode(kind(**values))
 
 
 def decode(data: bytes) -> Step | EpisodeEnd | CycleRecord:
     """The message in `data`; `msgspec.ValidationError` or `msgspec.DecodeError` when there is none."""
-    message = _decoder.decode(data)
-    match message:
-        case _Step():
-            return Step(
-                episode=message.episode,
-                index=message.index,
-                frame_ids=message.frame_ids,
-                proprio=_floats(message.proprio),
-                action=_floats(message.action),
-                reward=message.reward,
-                terminated=message.terminated,
-                truncated=message.truncated,
-                extras=_floats(message.extras),
-                policy_version=message.policy_version,
-                observed_ns=message.observed_ns,
-                acted_ns=message.acted_ns,
-            )
-        case _EpisodeEnd():
-            return EpisodeEnd(
-                episode=message.episode,
-                length=message.length,
-                frame_ids=message.frame_ids,
-                proprio=_floats(message.proprio),
-                return_=message.return_,
-                terminated=message.terminated,
-                reason=message.reason,
-                observed_ns=message.observed_ns,
-            )
-        case CycleRecord():
-            return message
+    try:
+        message = _decoder.decode(data)
+    except (UnicodeDecodeError, RecursionError) as error:  # msgspec lets these two through
+        raise msgspec.DecodeError(f"no message: {error}") from error
+    if isinstance(message, CycleRecord):
+        return message
+    values: dict[str, Any] = {name: getattr(message, name) for name in message.__struct_fields__}
+    values = {name: _floats(v) if isinstance(v, bytes) else v for name, v in values.items()}
+    return Step(**values) if isinstance(message, _Step) else EpisodeEnd(**values)
 
 
 def _bytes(values: FloatArray) -> bytes:
@@ -140,5 +95,5 @@ def _bytes(values: FloatArray) -> bytes:
 
 def _floats(data: bytes) -> FloatArray:
     if len(data) % 4:
-        raise msgspec.ValidationError(f"{len(data)} bytes are no whole number of float32 values")
+        raise msgspec.ValidationError(f"{len(data)} bytes are no vector of float32")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)

@@ -99,8 +99,11 @@ class Progress:
         state = self.state
         state.updates = int(values.get("updates", state.updates))
         state.replay_steps = int(values.get("replay_steps", state.replay_steps))
-        state.losses = {key[7:]: float(value) for key, value in values.items() if key.startswith("metric.")}
+        losses = {key[7:]: float(value) for key, value in values.items() if key.startswith("metric.")}
+        state.losses = losses or state.losses
         now_ns = monotonic_ns()
+        if self._updates and state.updates < self._updates[-1][1]:
+            self._updates.clear()  # a new worker went back to its last checkpoint
         self._updates.append((now_ns, state.updates))
         while len(self._updates) > 2 and now_ns - self._updates[0][0] > RATE_WINDOW_S * NS_PER_S:
             self._updates.popleft()

@@ -105,6 +105,30 @@ def test_a_vector_that_is_no_whole_number_of_floats_is_refused(cut):
         decode(msgspec.msgpack.encode(end))
 
 
+def test_a_text_that_is_not_utf_8_is_refused():
+    good = encode(
+        EpisodeEnd(
+            episode=0,
+            length=1,
+            frame_ids=(),
+            proprio=np.zeros(0, np.float32),
+            return_=0.0,
+            terminated=False,
+            reason="reason",
+            observed_ns=0,
+        )
+    )
+    with pytest.raises(msgspec.DecodeError, match="utf-8"):
+        decode(good.replace(b"reason", b"reas\xffn"))
+
+
+def test_endless_nesting_is_refused():
+    with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
+        decode(b"\x9a\xa3end" + b"\x91" * 100_000)
+    with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
+        decode(b"\x9f\xa3end\x00\x01\x90\xc4\x00\xca\x00\x00\x00\x00\xc2\xa0\x00" + b"\x91" * 100_000)
+
+
 def test_a_usual_message_is_far_below_the_limit():
     record = CycleRecord(
         now_ns=2**62,
