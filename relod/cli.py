@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, RelodError
+from .errors import EXIT_BUG, EXIT_OK, EXIT_SETTINGS, EXIT_SIGINT, RelodError
 
 __all__ = ["run"]
 
@@ -53,9 +53,14 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, stream=sys.stderr)
     try:
-        app(args=[a for a in arguments if a != "--debug"], prog_name="relod")
-    except SystemExit as end:  # the command line's own: usage errors, --help, and `_end`
-        return end.code if isinstance(end.code, int) else EXIT_BUG
+        code = app(args=[a for a in arguments if a != "--debug"], prog_name="relod", standalone_mode=False)
+        return code if isinstance(code, int) else EXIT_OK
+    except typer.TyperException as error:  # a wrong option or command
+        text = error.format_message()
+        print(text if "\n" in text else f"relod: {text} `relod --help` tells more", file=sys.stderr)
+        return EXIT_SETTINGS
+    except typer.Abort:
+        return EXIT_SIGINT
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except RelodError as error:
@@ -67,7 +72,6 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         return _unwrap(group)
-    return EXIT_OK
 
 
 def _unwrap(group: BaseExceptionGroup) -> int:

@@ -114,6 +114,7 @@ class _Device:
         self._rewiring = asyncio.Lock()  # only one of wire and guard is replaced at a time
         self._serving = False  # the port is open and guarded: commands are executed
         self._at_rest = True  # nothing that moves was commanded since the sensors last showed it standing
+        self._told_to_move = False  # by the newest command that was executed
         self._moved_ns = self._held_ns = 0  # when it was last told to move, and to stand
         self._checks_held = 0
         self._writer = WriterWatch(self._on_writer_gone)
@@ -225,7 +226,8 @@ class _Device:
             self._late += 1
             return
         values = tuple(record["values"].tolist())
-        if any(values):
+        self._told_to_move = any(values)
+        if self._told_to_move:
             self._note_motion()
         if self._write(lambda: self._driver.command(values)):
             self._commands += 1
@@ -298,9 +300,9 @@ class _Device:
         self._on_commands()  # its last words
         if self._writer.pid != gone:
             return  # its successor commands already
-        moving = not self._leash.held and not self._stands()
+        unexpected = not self._leash.held and self._told_to_move  # its last word is to stand, when all is well
         self._hold()
-        if moving:
+        if unexpected:
             self._tell("the process that commands the robot is gone: robot stopped")
 
     # The wire and its guard.

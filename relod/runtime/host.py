@@ -212,8 +212,7 @@ class RobotHost:
         shared.stream_theirs.close()
         address, source = await self._start_world(sockets)
         children += [self._start_device(address), self._start_camera(source)]
-        for child in children:
-            await self._ready(child)
+        await self._all_ready(children)
         self.progress.processor(supervisor.cpu_seconds())
         self._running = True
         supervisor.tell("control", "begin")
@@ -264,16 +263,27 @@ class RobotHost:
             restart=True,
         )
 
+    async def _all_ready(self, children: Sequence[Child]) -> None:
+        """Wait for all at once, so that the first failure is told without waiting for the slow ones."""
+        waiting = [asyncio.create_task(self._ready(child), name=f"ready-{child.name}") for child in children]
+        try:
+            await asyncio.gather(*waiting)
+        finally:
+            for task in waiting:
+                task.cancel()
+
     async def _ready(self, child: Child) -> dict[str, str]:
         """Wait for the child, or for a signal to end the run."""
-        waiting = asyncio.create_task(self._supervisor.wait_ready(child), name=f"ready-{child.name}")
+        waiting = asyncio.create_task(self._supervisor.wait_ready(child), name=f"wait-{child.name}")
         ended = asyncio.create_task(self._ended.wait(), name="ended")
-        await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if not waiting.done():
+        try:
+            await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise _Interrupted("interrupted while starting")
+            return waiting.result()
+        finally:
             waiting.cancel()
-            raise _Interrupted("interrupted while starting")
-        return waiting.result()
+            ended.cancel()
 
     # -- run -----------------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def finish(folder: RunFolder, result: Result, progress: Progress) -> Result:
     print(f"relod: {summary_line(progress.state)}", file=sys.stderr)
     with contextlib.suppress(OSError):
         save_state(progress.state, folder.path / "view.npz")
-    if not folder.failed:
+    if not folder.failed and progress.steps:
         print(f"relod: {write_curve(folder.path, folder.path.name)}", file=sys.stderr)
     print(f"relod: run folder {folder.path}", file=sys.stderr)
     return result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterator
 from multiprocessing.reduction import DupFd
@@ -35,6 +36,7 @@ class Memory:
 
     def _attach(self, fd: int, *, create: bool) -> None:
         self._fd = fd
+        weakref.finalize(self, os.close, fd)  # a mapping outlives its descriptor
         if create:
             os.ftruncate(fd, self.size_bytes)
         self._map = mmap.mmap(fd, self.size_bytes)
@@ -55,7 +57,11 @@ class Signal:
     """An eventfd: `set` wakes whoever waits on `fileno()`; `clear` says how often it was set."""
 
     def __init__(self) -> None:
-        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._attach(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+
+    def _attach(self, fd: int) -> None:
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
 
     def fileno(self) -> int:
         return self._fd
@@ -76,7 +82,7 @@ class Signal:
         return {"fd": DupFd(self._fd)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._fd = state["fd"].detach()
+        self._attach(state["fd"].detach())
 
 
 class Ring:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import select
@@ -196,6 +197,19 @@ def test_memory_has_no_name_in_dev_shm():
     assert memory.array(np.uint8, (4096,))[-16:].tolist() == [7] * 16
     assert not view[:0].size
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "relod" in name]
+
+
+def test_rings_that_are_let_go_of_leave_no_descriptors():
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        one = ring()
+        one.add_signal()
+        put(one, 1)
+        assert one.newest() is not None
+    del one
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # -- sensors -----------------------------------------------------------------------------------------------------------
