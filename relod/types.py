@@ -99,6 +99,7 @@ class Outcome:
     reward: float
     terminated: bool = False
     truncated: bool = False
+    success: bool = False  # the goal was reached
     reason: str = ""  # why the episode ended, in words for people; empty while it goes on
 
 
@@ -130,6 +131,7 @@ class EpisodeEnd:
     proprio: FloatArray
     return_: float
     terminated: bool
+    success: bool
     reason: str
     observed_ns: int
 

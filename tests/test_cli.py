@@ -119,7 +119,7 @@ def test_a_settings_file_that_cannot_be_used(told, text):
 def test_usage_errors_exit_with_2_and_leave_stdout_empty(told, arguments):
     code, out, err = told(*arguments)
     assert (code, out) == (EXIT_SETTINGS, "")
-    assert "Error: " in err
+    assert err.startswith("relod: ") or err.lstrip().startswith("Usage: ")
     assert "Traceback" not in err
 
 

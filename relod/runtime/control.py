@@ -136,6 +136,7 @@ class _Control:
             tick = self._cycle.tick(start_ns, inputs)
         except SafetyStop:
             self._command(index, deadline_ns, self._cycle.interrupt("safety stop"))
+            self._drain()
             raise
         self._command(index, deadline_ns, tick)
         self._spans.add(Stage.DECIDE, index, sensed_ns, monotonic_ns())

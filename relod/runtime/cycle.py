@@ -128,7 +128,7 @@ class Cycle:
 
     def interrupt(self, reason: str) -> Tick:
         """End the run now. The step in flight has no outcome and is dropped; its observation closes the episode."""
-        end = self._close(self._observation, terminated=False, reason=reason)
+        end = self._close(self._observation, terminated=False, success=False, reason=reason)
         self.phase = Phase.OVER
         return self._stand(Phase.OVER, end=end)
 
@@ -169,7 +169,12 @@ class Cycle:
         observation = self._observe(now_ns, inputs)
         if not over:
             return Tick(command=self._act(now_ns, observation), phase=Phase.RUNNING, step=step)
-        end = self._close(observation, terminated=outcome.terminated, reason=outcome.reason or "end of the run")
+        end = self._close(
+            observation,
+            terminated=outcome.terminated,
+            success=outcome.success,
+            reason=outcome.reason or "end of the run",
+        )
         self.phase = Phase.OVER if last_of_run else Phase.HOLDING
         self._reset = None
         return self._stand(self.phase, step=step, end=end)
@@ -190,11 +195,11 @@ class Cycle:
         return stop
 
     def _interrupted(self, trouble: str) -> Tick:
-        end = self._close(self._observation, terminated=False, reason=trouble)
+        end = self._close(self._observation, terminated=False, success=False, reason=trouble)
         self.phase = Phase.HOLDING
         return self._stand(Phase.HOLDING, end=end, event=f"{trouble}: the robot stands until it is well again")
 
-    def _close(self, last: Observation | None, *, terminated: bool, reason: str) -> EpisodeEnd | None:
+    def _close(self, last: Observation | None, *, terminated: bool, success: bool, reason: str) -> EpisodeEnd | None:
         """The episode's end, or None when no step of it was completed."""
         closed = None
         if last is not None and self.index > 0:
@@ -205,6 +210,7 @@ class Cycle:
                 proprio=last.proprio,
                 return_=self.return_,
                 terminated=terminated,
+                success=success,
                 reason=reason,
                 observed_ns=last.now_ns,
             )

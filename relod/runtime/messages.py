@@ -42,6 +42,7 @@ class _EpisodeEnd(msgspec.Struct, frozen=True, tag="end", array_like=True):
     proprio: bytes
     return_: float
     terminated: bool
+    success: bool
     reason: str
     observed_ns: int
 
@@ -95,5 +96,5 @@ def _bytes(values: FloatArray) -> bytes:
 
 def _floats(data: bytes) -> FloatArray:
     if len(data) % 4:
-        raise msgspec.ValidationError(f"{len(data)} bytes are no vector of float32")
+        raise msgspec.ValidationError(f"{len(data)} bytes are no whole number of float32 values")
     return np.frombuffer(data, "<f4").astype(np.float32, copy=False)

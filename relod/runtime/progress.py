@@ -63,7 +63,7 @@ class Progress:
             return
         state.episodes += 1
         state.returns.append(message.return_)
-        state.successes.append(message.terminated and message.reason != "wheel drop")
+        state.successes.append(message.success)
         self.lengths.append(message.length)
         self._folder.episode(message, experience_s=self.experience_s, wall_s=self.wall_s, steps=self.steps)
 

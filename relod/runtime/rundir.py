@@ -157,6 +157,7 @@ class RunFolder:
             "length": end.length,
             "return": end.return_,
             "terminated": end.terminated,
+            "success": end.success,
             "reason": end.reason,
         }
         self._append_line(self._episodes, _stamped(experience_s, wall_s, steps, values))

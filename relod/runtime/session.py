@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
-from ..errors import EXIT_OK, EXIT_SIGINT, RelodError
+from ..errors import EXIT_OK, RelodError
 from ..robots.registry import load_attribute
 from ..robots.vision import make_shrink
 from ..seeds import random_stream
@@ -101,6 +103,28 @@ def run_virtual(plan: Plan, folder: RunFolder, learner: LearnerSide) -> Result:
     return finish(folder, run.run(), run.progress)
 
 
+class _Signalled(BaseException):
+    """Ctrl-C or SIGTERM came."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within the block SIGINT and SIGTERM raise `_Signalled`."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        raise _Signalled(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _VirtualSession:
     """What the processes of a wall-clock run do, in the slack of the virtual driver."""
 
@@ -134,13 +158,13 @@ class _VirtualSession:
     def run(self) -> Result:
         """All cycles; Ctrl-C ends the run in order."""
         code, error = EXIT_OK, None
-        with open_view() as view:
+        with open_view() as view, _signals_raise():
             try:
                 for count, _ in enumerate(self._driver.ticks()):
                     if count % SHOW_EVERY == 0:
                         self._show(view)
-            except KeyboardInterrupt:
-                code = EXIT_SIGINT
+            except _Signalled as signalled:
+                code = 128 + signalled.number
                 self._take(self._cycle.interrupt("interrupted"))
             except RelodError as caught:
                 code, error = caught.exit_code, caught

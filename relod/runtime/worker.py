@@ -34,6 +34,7 @@ from .clock import NS_PER_S, Clock, WallClock
 from .policy import PolicyBox, PolicyWriter
 from .processes import Channel, Ready
 from .replay import ReplaySampler, ReplayTable
+from .rundir import disk_errors, write_atomic
 from .spans import SpanRing, Stage
 
 __all__ = [
@@ -171,24 +172,18 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `learner-UPDATES.safetensors`; complete or not there at all. Older ones but one are deleted."""
+    """Write `learner-UPDATES.safetensors`; complete or not there at all. Older ones but one are deleted.
+
+    Raises:
+        SafetyStop: the disk is full or cannot be written.
+    """
     counters = msgspec.json.encode(checkpoint.counters).decode()
-    data = save(checkpoint.tensors, {"counters": counters})
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"learner-{checkpoint.counters['updates']:09d}.safetensors"
-    aside = path.with_suffix(".partial")
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-    for old in sorted(folder.glob("learner-*.safetensors"))[:-CHECKPOINTS_KEPT]:
-        old.unlink()
+    with disk_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(checkpoint.tensors, {"counters": counters}))
+        for old in sorted(folder.glob("learner-*.safetensors"))[:-CHECKPOINTS_KEPT]:
+            old.unlink()
     return path
 
 

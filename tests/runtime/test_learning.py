@@ -156,6 +156,7 @@ class Learning:
             proprio=proprio,
             return_=0.0,
             terminated=False,
+            success=False,
             reason="time",
             observed_ns=0,
         )

@@ -100,7 +100,7 @@ def test_damaged_messages_raise_msgspecs_errors_or_give_a_message(message, data)
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_vector_that_is_no_whole_number_of_floats_is_refused(cut):
-    end = ["end", 0, 1, [1], b"\0" * (4 + cut), 0.0, False, "", 0]
+    end = ["end", 0, 1, [1], b"\0" * (4 + cut), 0.0, False, False, "", 0]
     with pytest.raises(msgspec.ValidationError, match="float32"):
         decode(msgspec.msgpack.encode(end))
 
@@ -114,6 +114,7 @@ def test_a_text_that_is_not_utf_8_is_refused():
             proprio=np.zeros(0, np.float32),
             return_=0.0,
             terminated=False,
+            success=False,
             reason="reason",
             observed_ns=0,
         )

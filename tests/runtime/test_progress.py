@@ -47,6 +47,7 @@ def end(length: int, return_: float, *, terminated: bool = False, reason: str = 
         proprio=NOTHING,
         return_=return_,
         terminated=terminated,
+        success=terminated and reason == "target reached",
         reason=reason,
         observed_ns=0,
     )

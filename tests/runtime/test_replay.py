@@ -189,6 +189,7 @@ def make_end(row: Row) -> EpisodeEnd:
         proprio=np.array(row.proprio, np.float32),
         return_=0.0,
         terminated=False,
+        success=False,
         reason="",
         observed_ns=0,
     )

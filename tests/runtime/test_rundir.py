@@ -40,6 +40,7 @@ def make_end(episode: int = 0) -> EpisodeEnd:
         proprio=np.zeros(8, np.float32),
         return_=-93.0,
         terminated=True,
+        success=True,
         reason="target reached",
         observed_ns=7,
     )
@@ -144,6 +145,7 @@ def test_episodes_are_lines(folder):
             "length": 93,
             "return": -93.0,
             "terminated": True,
+            "success": True,
             "reason": "target reached",
         }
     ]

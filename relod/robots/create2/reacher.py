@@ -153,7 +153,7 @@ class CreateReacher:
             return Outcome(reward=-float(left), terminated=True, reason="wheel drop")
         fraction = target_fraction(image, settings.target_hsv_low, settings.target_hsv_high)
         if fraction >= settings.target_fraction:
-            return Outcome(reward=-1.0, terminated=True, reason="target reached")
+            return Outcome(reward=-1.0, terminated=True, success=True, reason="target reached")
         if left <= 1:
             return Outcome(reward=-1.0, truncated=True, reason="time limit")
         return Outcome(reward=-1.0)

@@ -133,7 +133,11 @@ def test_lost_bytes_cost_the_frames_they_touch_only(frames: list[tuple[int, ...]
     decoder = oi.StreamDecoder()
     found = decoder.feed(data[:at] + data[end:] + bytes(size))
     touched = range(at // size, (end - 1) // size + 1)
-    assert found == [values for i, values in enumerate(frames) if i not in touched]
+    untouched = [values for i, values in enumerate(frames) if i not in touched]
+    # What is left around the gap may look like a frame of its own: the checksum of one byte holds in one of 256
+    # cases, and no decoder could tell. It costs one more frame at most.
+    assert len(found) <= len(untouched) + 1
+    assert sum(values not in found for values in untouched) <= 1
 
 
 @settings(deadline=None, max_examples=100)

@@ -120,7 +120,7 @@ def test_the_trajectory_does_not_depend_on_polling(commands: list[tuple[int, int
     at_the_end, often = Plant(PlantSettings(), 7), Plant(PlantSettings(), 7)
     for t_ns, left, right in commands:
         at_the_end.command(t_ns, left, right)
-    events = sorted([(t, None) for t in polls] + [(t, (left, right)) for t, left, right in commands], key=str)
+    events = [(t, None) for t in polls] + [(t, (left, right)) for t, left, right in commands]
     for t_ns, command in sorted(events, key=lambda event: event[0]):
         often.advance(t_ns)
         if command is not None:
