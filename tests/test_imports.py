@@ -23,6 +23,7 @@ ROBOT_PATH = (
     "relod.runtime.messages",
     "relod.runtime.modes",
     "relod.runtime.plan",
+    "relod.runtime.channel",
     "relod.runtime.processes",
     "relod.runtime.sentinel",
     "relod.runtime.shared",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..config import CameraSettings
 from ..robots.camera import parse_source, run_camera
-from .processes import Channel, Event, Finish, Ready
+from .channel import Channel, Event, Finish, Ready
 from .shared import FrameRing
 
 __all__ = ["CameraJob", "run_camera_process"]

@@ -23,11 +23,11 @@ from ..errors import SafetyStop
 from ..robots.vision import make_shrink
 from ..seeds import random_stream
 from ..types import Actor, Frame, Task
+from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
 from .device import CommandRing
 from .messages import CycleRecord, encode
-from .processes import Channel, Event, Ready, Report
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing, SpanWriter, Stage
 

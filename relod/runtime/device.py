@@ -23,10 +23,11 @@ import uvloop
 from ..config import SafetySettings, Section
 from ..errors import EXIT_SIGTERM, RelodError, SafetyStop, StartError
 from ..types import Driver
+from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .commands import CommandRing, Leash, WriterWatch
 from .guardian import Guard
-from .processes import Channel, Event, Ready, Report, load_attribute
+from .processes import load_attribute
 from .shared import SensorRing
 from .spans import SpanRing, Stage
 

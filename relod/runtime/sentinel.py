@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
+from .channel import Channel, Ready
 from .clock import NS_PER_MS, DeadlineTimer, Ticker, monotonic_ns
-from .processes import Channel, Ready
 from .spans import SpanRing, Stage
 
 __all__ = ["SentinelJob", "run_sentinel"]

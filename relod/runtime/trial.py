@@ -19,9 +19,10 @@ from typing import Protocol
 from ..config import SafetySettings, Section
 from ..errors import RelodError, SafetyStop, StartError, error_with_code
 from ..types import NO_REQUEST, SensorWindow
+from .channel import Channel, Event, Failed, Finish, Ready
 from .clock import NS_PER_MS, NS_PER_S, monotonic_ns, sleep_s, sleep_until
 from .device import TARGET, CommandRing, DeviceJob
-from .processes import Channel, Event, Failed, Finish, Ready, child_main
+from .processes import child_main
 from .shared import SensorRing
 from .spans import SpanRing
 

@@ -30,9 +30,9 @@ from ..config import LearnerSettings, Section
 from ..errors import StartError
 from ..seeds import random_stream
 from ..types import TaskSpec
+from .channel import Channel, Ready
 from .clock import NS_PER_S, Clock, WallClock
 from .policy import PolicyBox, PolicyWriter
-from .processes import Channel, Ready
 from .replay import ReplaySampler, ReplayTable
 from .rundir import disk_errors, write_atomic
 from .spans import SpanRing, Stage

@@ -14,7 +14,8 @@ import uvloop
 
 from ..config import Section
 from ..types import TaskSpec
-from .processes import Channel, Ready, load_attribute
+from .channel import Channel, Ready
+from .processes import load_attribute
 
 __all__ = ["NEW_EPISODE", "WorldJob", "run_world"]
 

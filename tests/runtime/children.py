@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from relod.errors import StartError
-from relod.runtime.processes import Channel, Event, Ready, Report
+from relod.runtime.channel import Channel, Event, Ready, Report
 from relod.runtime.shared import FrameRing, SensorRing, Signal
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from relod.config import SafetySettings, Section
 from relod.errors import SafetyStop, StartError
 from relod.runtime import device
+from relod.runtime.channel import Channel, Event, Finish, Ready, Report
 from relod.runtime.clock import NS_PER_MS, monotonic_ns
 from relod.runtime.commands import CommandRing, Leash
 from relod.runtime.device import DeviceJob
-from relod.runtime.processes import Channel, Event, Finish, Ready, Report
 from relod.runtime.shared import SensorRing
 from relod.runtime.spans import SpanRing, Stage
 

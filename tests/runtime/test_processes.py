@@ -15,19 +15,9 @@ from typing import Any
 import pytest
 
 from relod.errors import EXIT_BUG, EXIT_SAFETY, RelodError, SafetyStop, StartError
+from relod.runtime.channel import Channel, Event, Finish, Ready, Report, Tell, readable
 from relod.runtime.clock import NS_PER_S, monotonic_ns
-from relod.runtime.processes import (
-    Channel,
-    Child,
-    Event,
-    Finish,
-    Ready,
-    Report,
-    Supervisor,
-    Tell,
-    load_attribute,
-    readable,
-)
+from relod.runtime.processes import Child, Supervisor, load_attribute
 
 # -- channel -----------------------------------------------------------------------------------------------------------
 
@@ -103,7 +93,7 @@ def test_a_channel_only_travels_into_a_process_that_is_being_spawned(ends):
 
 
 def test_load_attribute_imports_by_name():
-    assert load_attribute("relod.runtime.processes:Channel") is Channel
+    assert load_attribute("relod.runtime.channel:Channel") is Channel
 
 
 def test_two_may_wait_for_one_end(ends):
