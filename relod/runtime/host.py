@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import uvloop
 
-from ..errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, RelodError
+from ..errors import EXIT_OK, RelodError
 from ..types import EpisodeEnd, Frame, Step
 from .camera import CameraJob
 from .clock import NS_PER_S, monotonic_ns
@@ -40,6 +40,7 @@ from .world import NEW_EPISODE, WorldJob
 __all__ = ["ChildSpec", "Result", "RobotHost", "Sink"]
 
 VIEW_PERIOD_S = 0.25
+FRAMES_IN_RING = 128  # 4.3 s at 30 frames/s: longer than this process may be held up, by a disk for example
 METRICS_PERIOD_S = 5.0
 WORKER_STOP_LIMIT_S = 30.0  # it finishes its update and writes a checkpoint, at the lowest priority
 
@@ -115,7 +116,7 @@ class RobotHost:
         ours.setblocking(False)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        frames = FrameRing(*spec.camera_hw)
+        frames = FrameRing(*spec.camera_hw, capacity=FRAMES_IN_RING)
         self._shared = _Shared(
             sensors=SensorRing(plan.entry.sensor_names),
             frames=frames,
@@ -156,7 +157,7 @@ class RobotHost:
         if self._error is not None:
             code = self._error.exit_code
         elif self._signalled is not None:
-            code = EXIT_SIGINT if self._signalled is signal.SIGINT else EXIT_SIGTERM
+            code = 128 + self._signalled
         summary |= {"exit_code": code, "error": str(self._error) if self._error else ""}
         return Result(summary=summary, exit_code=code, error=self._error)
 

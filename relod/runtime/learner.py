@@ -47,6 +47,7 @@ class LearnerSide:
         self._send: Callable[[bytes], object] = lambda news: None
         self._link: socket.socket | None = None
         self._epoch = 0
+        self.dropped = 0  # steps and ends of episodes without their frames
 
     # -- experience ----------------------------------------------------------------------------------------------------
 
@@ -57,8 +58,11 @@ class LearnerSide:
             del self._frames[next(iter(self._frames))]
 
     def add(self, message: Step | EpisodeEnd) -> None:
-        """The next step or end of an episode."""
-        if isinstance(message, Step):
+        """The next step or end of an episode; one whose frames were lost is left out, and the episode cut there."""
+        if any(frame_id not in self._frames for frame_id in message.frame_ids):
+            self.dropped += 1
+            self._send(self._writer.abandon())
+        elif isinstance(message, Step):
             self._send(self._writer.append(message, self._frames))
         else:
             self._send(self._writer.close_episode(message, self._frames))
@@ -112,7 +116,7 @@ class LearnerSide:
         try:
             self._send(b"")
             while data := self._link.recv(STATUS_BYTES):
-                values |= _report(msgspec.msgpack.decode(data, type=WorkerStatus))
+                values |= _report(msgspec.msgpack.decode(data, type=WorkerStatus)) | {"dropped": float(self.dropped)}
         except BlockingIOError:
             pass
         except OSError:  # the worker died; its successor gets the whole table

@@ -197,6 +197,7 @@ class Progress:
             "restarts": self.restarts,
             "cpu_cores": self.cpu_cores,
             "frames_lost": self.frames_lost,
+            "steps_dropped": int(self.reports.get("worker", {}).get("dropped", 0)),
             "actions_rejected": int(control.get("rejected", 0)),
             "run_dir": str(self._folder.path),
             "stopped_cleanly": bool(device.get("stopped_cleanly", 0.0)),
