@@ -80,6 +80,7 @@ def one_death(death: str, world: str, rng: random.Random, number: int) -> dict[s
             [
                 *(*RELOD, "robot", "--robot", where["port"], "--camera", where["camera_url"]),
                 *("--seed", str(number), "--set", f"run.folder={folder}", "--set", "safety.max_restarts=0"),
+                *("--set", "run.metrics_every_s=0.25"),
             ],
             stderr=subprocess.DEVNULL,
         )
@@ -89,7 +90,7 @@ def one_death(death: str, world: str, rng: random.Random, number: int) -> dict[s
                 if monotonic_ns() > deadline_ns or run.poll() is not None:
                     raise SystemExit(f"the run of death {number} did not start")
                 sleep_s(0.1)
-            sleep_s(rng.uniform(0.0, 5.0))
+            sleep_s(rng.uniform(0.0, 4.0))
             pids = children(run.pid)
             killed_ns = monotonic_ns()
             for name in names:

@@ -36,6 +36,7 @@ class RunSettings(Section, frozen=True):
     steps: Annotated[int, Meta(ge=0, description="environment steps; 0 = no limit")] = 0
     minutes: Annotated[float, Meta(ge=0, description="of experience time; 0 = no limit")] = 0.0
     folder: Annotated[str, Meta(description="where run folders are made")] = "runs"
+    metrics_every_s: Annotated[float, Meta(gt=0, description="time between two lines of metrics.jsonl")] = 5.0
     record: Annotated[bool, Meta(description="keep every input of the cycle, for `relod replay`")] = False
     tensorboard: Annotated[bool, Meta(description="write TensorBoard events too (needs relod[tb])")] = False
 

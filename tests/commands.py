@@ -17,14 +17,18 @@ from relod.robots.create2.faultport import ask
 
 RELOD = (sys.executable, "-m", "relod")
 START_LIMIT_S = 60.0
-# Small networks and early updates: these tests are about processes, not about learning.
+# Small networks, early updates and short resets: these tests are about processes, not about learning.
 QUICK = (
     *("--set", "agent.init_steps=20"),
     *("--set", "agent.batch_size=8"),
     *("--set", "agent.hidden=[32,32]"),
     *("--set", "agent.conv_channels=8"),
     *("--set", "replay.capacity=2000"),
-    *("--set", "task.reset_max_speed_mm_s=250"),
+    *("--set", "run.metrics_every_s=0.25"),
+    *("--set", "task.back_off_min_s=0.2"),
+    *("--set", "task.back_off_max_s=0.3"),
+    *("--set", "task.turn_min_s=0.2"),
+    *("--set", "task.turn_max_s=0.3"),
 )
 
 

@@ -41,7 +41,6 @@ __all__ = ["ChildSpec", "Result", "RobotHost", "Sink"]
 
 VIEW_PERIOD_S = 0.25
 FRAMES_IN_RING = 128  # 4.3 s at 30 frames/s: longer than this process may be held up, by a disk for example
-METRICS_PERIOD_S = 5.0
 WORKER_STOP_LIMIT_S = 30.0  # it finishes its update and writes a checkpoint, at the lowest priority
 
 
@@ -312,10 +311,11 @@ class RobotHost:
     async def _keep_books(self, view: View) -> None:
         """Profile, learner and view once per view period, metrics every few seconds."""
         next_metrics_ns = monotonic_ns()
+        period_ns = int(self._plan.settings.run.metrics_every_s * NS_PER_S)
         while True:
             self._guarded(self._close_period)
             if monotonic_ns() >= next_metrics_ns:
-                next_metrics_ns = monotonic_ns() + int(METRICS_PERIOD_S * NS_PER_S)
+                next_metrics_ns = monotonic_ns() + period_ns
                 self._guarded(lambda: self.progress.write_metrics(self._profile))
                 if self._running:
                     self.progress.processor(self._supervisor.cpu_seconds())
