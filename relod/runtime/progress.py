@@ -10,9 +10,9 @@ from .clock import NS_PER_S, monotonic_ns
 from .device import MAY_BE_MOVING
 from .plan import Plan
 from .profile import Profile
-from .rundir import RunFolder
+from .rundir import RunFolder, disk_errors
 from .spans import Stage
-from .viewstate import RunState
+from .viewstate import RunState, save_state
 
 __all__ = ["Progress"]
 
@@ -153,7 +153,7 @@ class Progress:
         return (monotonic_ns() - self._started_ns) / NS_PER_S
 
     def write_metrics(self, profile: Profile | None) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl, and what the view shows at this moment."""
         state = self.state
         values: dict[str, Any] = {
             "updates": state.updates,
@@ -168,6 +168,9 @@ class Progress:
         if profile is not None:
             values |= {name: summary for name, summary in profile.summary().items() if summary["max"] > 0}
         self._folder.metrics(experience_s=self.experience_s, wall_s=self.wall_s, steps=self.steps, values=values)
+        if not self._folder.failed:
+            with disk_errors(self._folder.path / "view.npz"):
+                save_state(state, self._folder.path / "view.npz")
 
     def summary(self, profile: Profile | None) -> dict[str, Any]:
         """The JSON document of the run; its keys are an interface."""

@@ -5,6 +5,7 @@
         run.json         versions, host, command line, SIMULATED or the hardware's addresses; the summary at the end
         metrics.jsonl    a JSON object per line, each with experience_s, wall_s and steps
         episodes.jsonl   the same, one line per episode
+        view.npz         what the live view showed last; docs/make_picture.py draws it
         spans.bin        raw span records; spans.json says their dtype and the stages' numbers
     <root>/latest        a link to the newest
 

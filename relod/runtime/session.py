@@ -24,7 +24,6 @@ from .progress import Progress
 from .rundir import RunFolder
 from .spans import SpanRing
 from .view import View, open_view, summary_line
-from .viewstate import save_state
 from .virtual import VirtualRun, World
 
 __all__ = ["announce", "new_spans", "open_folder", "run_virtual", "run_wall"]
@@ -89,8 +88,6 @@ def finish(folder: RunFolder, result: Result, progress: Progress) -> Result:
     except RelodError as error:
         result.error = result.error or error
     print(f"relod: {summary_line(progress.state)}", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        save_state(progress.state, folder.path / "view.npz")
     if not folder.failed and progress.steps:
         print(f"relod: {write_curve(folder.path, folder.path.name)}", file=sys.stderr)
     print(f"relod: run folder {folder.path}", file=sys.stderr)
