@@ -28,7 +28,6 @@ from .virtual import VirtualRun, World
 
 __all__ = ["announce", "new_spans", "open_folder", "run_virtual", "run_wall"]
 
-CHECKPOINT_EVERY_S = 60.0  # of wall time, in virtual runs
 SHOW_EVERY = 16  # cycles between two looks at the view in virtual time: 10 ms at full speed
 
 
@@ -86,7 +85,9 @@ def finish(folder: RunFolder, result: Result, progress: Progress) -> Result:
     try:
         folder.finish(result.summary)
     except RelodError as error:
-        result.error = result.error or error
+        if result.error is None:
+            result.error, result.exit_code = error, error.exit_code
+            result.summary |= {"exit_code": error.exit_code, "error": str(error)}
     print(f"relod: {summary_line(progress.state)}", file=sys.stderr)
     if not folder.failed and progress.steps:
         print(f"relod: {write_curve(folder.path, folder.path.name)}", file=sys.stderr)
@@ -191,7 +192,7 @@ class _VirtualSession:
         if tick.end is not None:
             self._learned()
             self.progress.write_metrics(None)
-            if monotonic_ns() - self._saved_ns > CHECKPOINT_EVERY_S * NS_PER_S:
+            if monotonic_ns() - self._saved_ns > self._plan.settings.learner.checkpoint_every_s * NS_PER_S:
                 self._saved_ns = monotonic_ns()
                 self._learner.save(self._loop)
 
