@@ -133,7 +133,7 @@ class RobotHost:
             max_restarts=plan.settings.safety.max_restarts,
             on_event=lambda name, text: self._guarded(lambda: self.progress.event(name, text)),
             on_report=lambda name, values: self._guarded(lambda: self.progress.report(name, values)),
-            on_restart=self._restarted,
+            on_restart=self.progress.restarted,
             on_done=self._done,
         )
         self._taken_id = 0
@@ -379,9 +379,6 @@ class RobotHost:
     def _done(self, name: str) -> None:
         if name == "control":
             self._ended.set()
-
-    def _restarted(self, name: str) -> None:
-        self.progress.restarted(name)
 
     # -- end -----------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from ..algos.agent import policy_size
 from ..robots.vision import make_shrink
 from ..types import EpisodeEnd, Frame, Image, Step
 from .acting import BoxActor
@@ -33,8 +34,6 @@ class LearnerSide:
     """Owns replay and policy box; `add_frame` and `add` take in experience, in order."""
 
     def __init__(self, plan: Plan, folder: Path, spans: SpanRing | None) -> None:
-        from ..algos.agent import policy_size
-
         spec, settings = plan.task.spec, plan.settings
         self.needs = plan.algorithm.needs(spec, settings.agent)
         self._plan, self._checkpoints, self._spans = plan, folder / "checkpoints", spans

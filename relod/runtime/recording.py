@@ -22,8 +22,7 @@ import msgspec
 import numpy as np
 import torch
 
-from ..algos.agent import TorchActor, bind_policy, policy_size
-from ..algos.agent import find_algorithm as find
+from ..algos.agent import TorchActor, bind_policy, find_algorithm, policy_size
 from ..config import load
 from ..errors import SafetyStop, StartError
 from ..robots import registry
@@ -134,7 +133,7 @@ def replay_run(folder: Path) -> ReplayReport:
     torch.set_num_threads(1)
     meta = msgspec.json.decode((folder / "run.json").read_bytes())
     entry = registry.task(meta["task"])
-    algorithm = find(meta["algorithm_target"])
+    algorithm = find_algorithm(meta["algorithm_target"])
     sections = {**entry.sections(), "agent": algorithm.settings_type}
     settings = load(sections, file=folder / "settings.toml")
     task = entry.build(settings.task)
