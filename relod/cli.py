@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .errors import EXIT_BUG, EXIT_OK, EXIT_SETTINGS, EXIT_SIGINT, RelodError
+from .errors import EXIT_BUG, EXIT_OK, EXIT_SETTINGS, EXIT_SIGINT, RelodError, StartError
 
 __all__ = ["run"]
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 emulate = typer.Typer(help="A simulated robot behind its real wire protocol, for any client.", no_args_is_help=True)
 app.add_typer(emulate, name="emulate")
+log = typer.Typer(help="The experience log of a run: sum it up, check it, export it.", no_args_is_help=True)
+app.add_typer(log, name="log")
 
 TaskOption = Annotated[str, typer.Option(help="What to learn: a name, or module:attribute.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings in TOML.", metavar="FILE")]
@@ -43,6 +45,7 @@ RobotOption = Annotated[
 CameraOption = Annotated[
     str | None, typer.Option(help="Camera: sim, a V4L2 device (0, /dev/video0) or an MJPEG URL.", metavar="SOURCE")
 ]
+LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]
 MixedOption = Annotated[
     bool, typer.Option("--allow-mixed", help="Allow a real robot with a simulated camera, or the other way round.")
 ]
@@ -95,6 +98,14 @@ def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, default=str))
 
 
+def _print_table(document: dict[str, Any]) -> None:
+    """A line for each value; lists of sentences get one for each of theirs."""
+    for name, value in document.items():
+        lines = value if isinstance(value, list) else [value]
+        for line in lines or ["none"]:
+            print(f"{name:16}{line}")
+
+
 @app.callback(invoke_without_command=True)
 def _main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -109,24 +120,39 @@ def _main(
 
 @app.command()
 def robot(
-    task: TaskOption = "create",
-    mode: Annotated[str, typer.Option(help="Where the computation runs; see `relod modes`.")] = "local-only",
+    task: Annotated[
+        str | None, typer.Option(help="What to learn: a name, or module:attribute. Default: create.")
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="Where the computation runs; see `relod modes`. Default: local-only.")
+    ] = None,
     algorithm: Annotated[
-        str, typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute.")
-    ] = "sac",
+        str | None,
+        typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
     ] = None,
     robot: RobotOption = None,
     camera: CameraOption = None,
     allow_mixed: MixedOption = False,
     world: Annotated[
-        str, typer.Option(help="Timing and noise of the simulated world: ideal, nominal or harsh.")
-    ] = "nominal",
+        str | None,
+        typer.Option(help="Timing and noise of the simulated world: ideal, nominal or harsh. Default: nominal."),
+    ] = None,
     clock: Annotated[
-        str, typer.Option(help="wall: real time. virtual: as fast as the machine, deterministic.")
-    ] = "wall",
-    steps: Annotated[int | None, typer.Option(min=1, help="End after this many environment steps.")] = None,
+        str | None,
+        typer.Option(help="wall: real time. virtual: as fast as the machine, deterministic. Default: wall."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this run, in its folder and with its settings.", metavar="RUN")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="End after this many environment steps, counted from the run's beginning.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="End after this many minutes of experience.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")] = None,
     device: Annotated[str | None, typer.Option(help="Torch device of the learner, for example cpu or cuda:0.")] = None,
@@ -146,11 +172,13 @@ def robot(
         mode=mode,
         algorithm=algorithm,
         preset=preset,
+        profile=profile,
         robot=robot,
         camera=camera,
         allow_mixed=allow_mixed,
         world=world,
         clock=clock,
+        resume=resume,
         config=config,
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
@@ -242,6 +270,124 @@ def emulate_create(
         assignments=tuple(assignments or ()),
     )
     _end(code)
+
+
+@emulate.command("track")
+def emulate_track(
+    link: Annotated[Path | None, typer.Option(help="The rig's socket; in a temporary folder if not given.")] = None,
+    mjpeg_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
+    ] = 0,
+    world: Annotated[str, typer.Option(help="ideal, nominal or harsh.")] = "nominal",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """A simulated miniature rig on a unix socket, with its camera; prints the socket. Ctrl-C ends it."""
+    from .runtime.modes import run_emulator
+
+    code = run_emulator(
+        task="track",
+        link=link,
+        control=None,
+        mjpeg_port=mjpeg_port,
+        wheel_log=None,
+        world=world,
+        seed=seed,
+        config=config,
+        environment=dict(os.environ),
+        assignments=tuple(assignments or ()),
+    )
+    _end(code)
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders of run folders.", metavar="RUN...", show_default=False)
+    ],
+    x: Annotated[str, typer.Option("--x", help="experience: minutes in episodes. wall: minutes since the start.")] = (
+        "experience"
+    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG or SVG to draw; learning-curves.png if not given, none with --json.", metavar="FILE"),
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help="auto: runs that differ only in seed, length and folder are one curve. none: each is.")
+    ] = "auto",
+    window: Annotated[int, typer.Option(min=1, help="Episodes of the running mean.")] = 20,
+    reference: Annotated[
+        list[str] | None, typer.Option(help="A horizontal line, for example random=-553.", metavar="NAME=VALUE")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw the learning curves of several runs in one picture; runs may still be going."""
+    from .runtime import experiments
+    from .runtime.plot import PlotOptions, parse_reference, write_picture
+
+    options = PlotOptions(
+        out=out or Path("learning-curves.png"),
+        x=x,
+        window=window,
+        references=tuple(parse_reference(text) for text in reference or ()),
+    )
+    found, empty = experiments.find_runs(runs)
+    for folder in empty:
+        print(f"relod: left out, no episode yet: {folder}", file=sys.stderr)
+    groups = experiments.group_runs(found, group)
+    if out is not None or not as_json:
+        write_picture(groups, options)
+        print(f"relod: learning curves: {options.out}", file=sys.stderr)
+    if as_json:
+        _print_json({"groups": experiments.describe(groups)})
+
+
+@log.command("info")
+def log_info(run: LogArgument, as_json: JsonOption = False) -> None:
+    """Sum up what is in the log."""
+    from .runtime.log.check import describe_log
+
+    document = describe_log(run)
+    if as_json:
+        _print_json(document)
+        return
+    _print_table(document)
+
+
+@log.command("verify")
+def log_verify(run: LogArgument, as_json: JsonOption = False) -> None:
+    """Check every checksum, frame, step and episode; exit code 3 when something is wrong."""
+    from .runtime.log.check import check_log
+
+    document, faults = check_log(run)
+    if as_json:
+        _print_json(document)
+    else:
+        _print_table(document)
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise StartError(f"{faults[0]}{more}", f"what is whole can be saved: relod log export {run} --out DIR")
+
+
+@log.command("export")
+def log_export(
+    run: LogArgument,
+    out: Annotated[Path, typer.Option(help="New folder for the files.", metavar="DIR")],
+    frames: Annotated[str, typer.Option(help="What becomes of the frames: png, mp4 or none.")] = "none",
+    episodes: Annotated[
+        str | None, typer.Option(help="Only the episodes numbered A up to and without B.", metavar="A:B")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the steps as NumPy files, one per episode, with an index in JSON."""
+    from .runtime.log.export import export_log
+
+    index = export_log(run, out, frames=frames, episodes=episodes)
+    if as_json:
+        _print_json(index)
+    else:
+        print(f"{len(index['episodes'])} files of steps and index.json in {out}")
 
 
 @app.command()

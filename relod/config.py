@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from .errors import SettingsError, StartError
 
-__all__ = ["Section", "Settings", "describe", "load", "to_dict", "to_toml"]
+__all__ = ["Section", "Settings", "describe", "flatten", "load", "to_dict", "to_toml"]
 
 ENV_PREFIX = "RELOD_"
 
@@ -78,6 +78,14 @@ class LearnerSettings(Section, frozen=True):
 
     device: Annotated[str, Meta(description="torch device of the worker, or auto")] = "auto"
     threads: Annotated[int, Meta(ge=0, le=256, description="torch threads of the worker; 0 = one per core")] = 0
+    # Two limits beside the algorithm's own cap. Both make a machine learn as a slower one would, as the paper did to
+    # emulate a Jetson Nano; the second also leaves power and cooling to others.
+    update_every_steps: Annotated[
+        float, Meta(ge=0, le=1_000_000, description="environment steps per update, at least; 0 = as the algorithm says")
+    ] = 0.0
+    max_updates_per_s: Annotated[float, Meta(ge=0, le=10_000, description="limit on updates per second; 0 = none")] = (
+        0.0
+    )
     publish_every_s: Annotated[float, Meta(gt=0, description="least time between two published policies")] = 1.0
     checkpoint_every_s: Annotated[float, Meta(gt=0, description="time between checkpoints")] = 60.0
 
@@ -86,6 +94,22 @@ class ReplaySettings(Section, frozen=True):
     """The transitions updates are drawn from."""
 
     capacity: Annotated[int, Meta(ge=512, description="steps kept; the oldest are overwritten")] = 100_000
+    memory_mib: Annotated[
+        int,
+        Meta(ge=0, le=1 << 30, description="memory it may take, in MiB; 0 = 60 % of what is available at the start"),
+    ] = 0
+
+
+class LogSettings(Section, frozen=True):
+    """The experience log, the record a run is resumed from."""
+
+    # 160x120 pixels raw are 78 kB a step, 6.2 GB an hour. JPEG is a tenth of it; actor and replay then differ by it.
+    codec: Annotated[Literal["raw", "jpeg"], Meta(description="how frames are kept")] = "raw"
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100, description="of log.codec jpeg")] = 90
+    segment_mib: Annotated[float, Meta(ge=1, le=4096, description="size of one file, in MiB")] = 64.0
+    limit_gib: Annotated[
+        float, Meta(gt=0, description="size of all files, in GiB; the oldest that the replay can spare are deleted")
+    ] = 16.0
 
 
 class Settings(Section, frozen=True):
@@ -96,6 +120,7 @@ class Settings(Section, frozen=True):
     camera: CameraSettings = CameraSettings()
     learner: LearnerSettings = LearnerSettings()
     replay: ReplaySettings = ReplaySettings()
+    log: LogSettings = LogSettings()
     task: Any = Section()
     robot: Any = Section()
     sim: Any = Section()
@@ -289,6 +314,19 @@ def describe(sections: Mapping[str, type[Section]]) -> Iterator[tuple[str, Any, 
 def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     """The settings as plain values."""
     return msgspec.to_builtins(settings)  # type: ignore[no-any-return]
+
+
+def flatten(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, plain value)."""
+
+    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    yield from walk(to_dict(settings), "")
 
 
 def to_toml(settings: Settings) -> str:

@@ -185,6 +185,10 @@ def test_an_unknown_section_of_a_file_is_refused(tmp_path):
         ("safety.max_sensor_age_ms=nan", "> 0"),
         ("safety.command_timeout_ms=5000", "<= 1000"),
         ("run.seed=-1", ">= 0"),
+        ("learner.update_every_steps=-1", ">= 0"),
+        ("learner.update_every_steps=inf", "<= 1e+06"),
+        ("learner.max_updates_per_s=nan", ">= 0"),
+        ("replay.memory_mib=-1", ">= 0"),
     ],
 )
 def test_a_value_that_does_not_fit_is_refused_with_type_and_bounds(assignment, told):

@@ -20,6 +20,9 @@ ROBOT_PATH = (
     "relod.runtime.cycle",
     "relod.runtime.device",
     "relod.runtime.guardian",
+    "relod.runtime.log.check",
+    "relod.runtime.log.export",
+    "relod.runtime.log.writer",
     "relod.runtime.messages",
     "relod.runtime.modes",
     "relod.runtime.plan",
@@ -47,7 +50,9 @@ def test_the_robots_path_imports_no_torch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["", "robot", "replay", "check", "modes", "settings", "emulate", "emulate create"])
+@pytest.mark.parametrize(
+    "command", ["", "robot", "replay", "check", "modes", "settings", "plot", "log export", "emulate create"]
+)
 def test_help_loads_nothing_heavy(command):
     arguments = [*command.split(), "--help"]
     code = f"from relod import cli\nassert cli.run({arguments!r}) == 0"

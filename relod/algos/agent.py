@@ -7,7 +7,7 @@ processes, links or files.
 
 from __future__ import annotations
 
-import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..errors import SettingsError
+from ..loading import load_attribute
 from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
 from .batch import Batch, Window
 
@@ -52,6 +53,9 @@ class Needs:
     window: Window  # augmentation of the images, and what the actor cuts out
     init_steps: int  # environment steps of uniform random actions before the first update
     init_hold: int  # cycles for which one of those actions is held
+    explore_held: float = 0.0  # share of the later cycles with such actions, falling to 0 ...
+    explore_steps: int = 0  # ... over this many steps
+    noise_cycles: float = 0.0  # correlation time of the policy's noise; 0 = white
     max_updates_per_step: float  # cap on the update-to-data ratio
 
 
@@ -63,7 +67,7 @@ class Learner(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float]:
-        """Losses and the like of the newest update; the one call that waits for the device."""
+        """Losses and the like of the newest update, empty before the first; the one call that waits for the device."""
         ...
 
     def policy(self) -> nn.Module:
@@ -71,7 +75,10 @@ class Learner(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on: networks, targets, optimisers, random state. The policy's are `policy.*`."""
+        """Everything needed to go on: networks, targets, optimisers, random state. The policy's are `policy.*`.
+
+        A floating-point value that is not finite means that learning diverged.
+        """
         ...
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -90,6 +97,11 @@ class Algorithm(Protocol[SectionT_contra]):
     @property
     def presets(self) -> Mapping[str, RawSettings]:
         """Trees of settings by preset name, for example `{"agent": {...}, "replay": {...}}`."""
+        ...
+
+    @property
+    def profiles(self) -> Mapping[str, RawSettings]:
+        """Trees of settings for kinds of machine, merged after a preset."""
         ...
 
     def needs(self, spec: TaskSpec, settings: SectionT_contra) -> Needs:
@@ -112,12 +124,7 @@ class Algorithm(Protocol[SectionT_contra]):
 
 def find_algorithm(name: str) -> Algorithm[Any]:
     """Import the algorithm called "module:attribute"; `SettingsError` when there is none."""
-    module_name, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SettingsError(f"no algorithm {name!r}: {error}", 'name one as "module:attribute"') from error
-    return found  # type: ignore[no-any-return]
+    return load_attribute(name, "the algorithm")  # type: ignore[no-any-return]
 
 
 def policy_size(policy: nn.Module) -> int:
@@ -201,6 +208,8 @@ class TorchActor:
         self._no_noise = np.zeros(spec.action_dim, np.float32)
         self._held = self._no_noise
         self._held_left = 0
+        self._noise = self._no_noise  # of the newest action
+        self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
         self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
 
@@ -209,10 +218,34 @@ class TorchActor:
         version = self._source.version
         warming_up = self.steps_done < self._needs.init_steps or version == (0, 0)
         self.steps_done += 1
-        if warming_up and not self._deterministic:
+        if not self._deterministic and (warming_up or self._held_left > 0 or self._wanders()):
             return Action(values=self._random_action(), policy_version=(0, 0))
         values, extras = self._run(observation)
         return Action(values=values, policy_version=version, extras=extras)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which `load_state` makes another actor go on exactly as this one would."""
+        return {
+            "steps_done": self.steps_done,
+            "rng": self._rng.bit_generator.state,
+            "held": self._held.tolist(),
+            "held_left": self._held_left,
+            "noise": self._noise.tolist(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.steps_done, self._held_left = state["steps_done"], state["held_left"]
+        self._rng.bit_generator.state = state["rng"]
+        self._held, self._noise = (np.array(state[name], np.float32) for name in ("held", "noise"))
+
+    def _wanders(self) -> bool:
+        """Whether a held random action begins now, so that they fill `explore_held` of the cycles, falling to 0."""
+        done = self.steps_done - self._needs.init_steps
+        share = self._needs.explore_held * max(0.0, 1 - done / max(1, self._needs.explore_steps))
+        if share <= 0:
+            return False
+        return bool(self._rng.random() < share / (share + (1 - share) * self._needs.init_hold))
 
     def _random_action(self) -> FloatArray:
         if self._held_left == 0:
@@ -227,7 +260,8 @@ class TorchActor:
             slot[:] = image[top : top + height, left : left + width]
         noise = self._no_noise
         if not self._deterministic:
-            noise = self._rng.standard_normal(noise.shape, np.float32)
+            fresh = self._rng.standard_normal(noise.shape, np.float32)
+            noise = self._noise = self._keep * self._noise + math.sqrt(1 - self._keep**2) * fresh
         with torch.inference_mode():
             values, extras = self._source.module(
                 torch.from_numpy(self._images),

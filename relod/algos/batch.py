@@ -7,19 +7,64 @@ whole frames 0.8 ms, and a convolution over `(k, y, x)` reads them as they lie a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..types import Image
 
-__all__ = ["Batch", "Window", "centre_window", "copy_window", "crop_window", "shift_window"]
+__all__ = [
+    "PIXEL",
+    "Batch",
+    "Fence",
+    "Window",
+    "centre_window",
+    "copy_stacks",
+    "copy_window",
+    "crop_window",
+    "shift_window",
+]
+
+PIXEL = np.dtype("V3")  # one BGR pixel as an item
+
+
+class Event(Protocol):
+    """Work of a device, as `torch.cuda.Event` is."""
+
+    def synchronize(self) -> None: ...
+
+
+class Fence:
+    """Keeps memory from being written while a device still copies from it."""
+
+    def __init__(self) -> None:
+        self._event: Event | None = None
+
+    def raise_until(self, event: Event) -> None:
+        """The memory is being read until `event`."""
+        self._event = event
+
+    @property
+    def raised(self) -> bool:
+        """Whether somebody may still read the memory."""
+        return self._event is not None
+
+    def wait(self) -> None:
+        """Return when nobody reads the memory any more."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Transitions `(s, a, R, d, s')`; the target is `R + d * V(s')`. Valid until the next one is drawn."""
+    """Transitions `(s, a, R, d, s')`; the target is `R + d * V(s')`. Valid until the next one is drawn.
+
+    With `corners` the images are whole frames, `(B, k, H, W, 3)`, and the learner cuts the windows on its device
+    (`augment.gather_windows`). A learner whose copies outlive `update` raises the fence until they are done.
+    """
 
     images: npt.NDArray[np.uint8]  # (B, k, h, w, 3), oldest frame first
     next_images: npt.NDArray[np.uint8]  # (B, k, h, w, 3)
@@ -28,6 +73,8 @@ class Batch:
     actions: npt.NDArray[np.float32]  # (B, A) in [-1, 1]
     rewards: npt.NDArray[np.float32]  # (B,) discounted sum over the n-step window
     discounts: npt.NDArray[np.float32]  # (B,) gamma^m of the m steps summed, 0 where the episode terminated
+    corners: npt.NDArray[np.int64] | None = None  # (B, 2), y and x of the windows still to be cut
+    fence: Fence = field(default_factory=Fence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +86,11 @@ class Window:
     low: tuple[int, int]  # (y, x) of the corner, inclusive
     high: tuple[int, int]  # inclusive
     centre: tuple[int, int]  # the corner an actor uses
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the image passes as it is."""
+        return self.out_hw == self.in_hw and self.low == self.high == (0, 0)
 
     def offsets(self, rng: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
         """Corners `(count, 2)`, uniform; one draw per sample serves all frames of its stack."""
@@ -87,3 +139,23 @@ def copy_window(source: Image, corner_y: int, corner_x: int, target: Image) -> N
         target[:, :top] = target[:, top : top + 1]
     if bottom < out_h:
         target[:, bottom:] = target[:, bottom - 1 : bottom]
+
+
+def copy_stacks(
+    frames: Image, stacks: npt.NDArray[np.int64], corners: npt.NDArray[np.int64] | None, targets: Image
+) -> None:
+    """Copy windows of the frames numbered `stacks` `(B, k)` into `targets` `(B, k, h, w)`, whole without corners.
+
+    A stack's frames mostly lie one behind the other and are cut at once. Arrays are of pixels (dtype V3).
+    """
+    if corners is None:
+        np.take(frames, stacks, axis=0, out=targets, mode="clip")  # any other mode copies twice
+        return
+    depth = stacks.shape[1]
+    in_a_row = (np.diff(stacks, axis=1) == 1).all(1).tolist()
+    for target, stack, together, (y, x) in zip(targets, stacks.tolist(), in_a_row, corners.tolist(), strict=True):
+        if together:
+            copy_window(frames[stack[0] : stack[0] + depth], y, x, target)
+        else:
+            for number, slot in zip(stack, target, strict=True):
+                copy_window(frames[number : number + 1], y, x, slot[None])

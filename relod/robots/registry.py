@@ -8,19 +8,22 @@ settings of this host only, never from the wire.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
 from ..config import Section
 from ..errors import SettingsError
-from ..types import Task
+from ..loading import load_attribute
+from ..types import RawSettings, Task
 
 __all__ = ["ALGORITHMS", "TASKS", "TaskEntry", "algorithm", "load_attribute", "names", "target", "task"]
 
-TASKS = {"create": "relod.robots.create2.reacher:CREATE_REACHER"}
+TASKS = {
+    "create": "relod.robots.create2.reacher:CREATE_REACHER",
+    "track": "relod.robots.track.task:TRACK",
+}
 ALGORITHMS = {"sac": "relod.algos.sac:SAC"}
 
 KINDS = {"task": (TASKS, "relod.tasks"), "algorithm": (ALGORITHMS, "relod.algorithms")}  # kind -> built in, group
@@ -40,6 +43,7 @@ class TaskEntry:
     worlds: str  # "module:attribute" of a mapping: name of a world -> tree of settings that makes it
     sensor_names: tuple[str, ...]
     command_names: tuple[str, ...]
+    presets: Mapping[str, RawSettings] = field(default_factory=dict)  # by an agent's preset: what suits the task better
 
     def sections(self) -> dict[str, type[Section]]:
         """The settings' types by section, as `config.load` wants them."""
@@ -84,30 +88,3 @@ def target(kind: str, name: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     listed = f"known: {', '.join(sorted(known))}"
     raise SettingsError(f"unknown {kind} {name!r}", f"did you mean {close[0]}? {listed}" if close else listed)
-
-
-def load_attribute(path: str, what: str) -> Any:
-    """Import "module:attribute".
-
-    Raises:
-        SettingsError: the text has another form, the module or something it needs is missing, or the module has no
-            such attribute; the message begins with `what` and says which of these it was.
-    """
-    module_name, colon, attribute = path.partition(":")
-    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
-        raise SettingsError(f"{what}: {path!r} is not of the form module:attribute", "for example my_robot.task:ENTRY")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or module_name
-        if module_name == missing or module_name.startswith(f"{missing}."):
-            raise SettingsError(f"{what}: there is no module {missing!r}", f"{path!r} was asked for") from error
-        raise SettingsError(
-            f"{what}: {module_name} needs the module {missing!r}, which is not installed", f"install {missing}"
-        ) from error
-    try:
-        return getattr(module, attribute)
-    except AttributeError as error:
-        close = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f"did you mean {module_name}:{close[0]}?" if close else f"look into {module_name}"
-        raise SettingsError(f"{what}: module {module_name!r} has no attribute {attribute!r}", hint) from error

@@ -12,11 +12,12 @@ from torch import nn
 from ..algos.agent import TorchActor, bind_policy, find_algorithm
 from ..config import Section
 from ..seeds import random_stream
-from ..types import Actor, FloatArray, Observation, TaskSpec
+from ..types import FloatArray, Observation, TaskSpec
+from .plan import Start
 from .policy import PolicyBox, PolicyReader
 from .recording import save_policy
 
-__all__ = ["BoxActor"]
+__all__ = ["BoxActor", "BoxHost"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +29,17 @@ class BoxActor:
     settings: Section  # the algorithm's
     box: PolicyBox
     seed: int
+    start: Start
     record_to: Path | None  # folder for every policy that acts
 
-    def __call__(self) -> _BoxHost:
-        return _BoxHost(self)
+    def __call__(self) -> BoxHost:
+        return BoxHost(self)
 
 
-class _BoxHost:
+class BoxHost:
     """`control.ActorHost` over a `PolicyReader`."""
 
-    actor: Actor
+    actor: TorchActor
 
     def __init__(self, job: BoxActor) -> None:
         torch.set_num_threads(1)  # one image at a time: more threads only wake each other up
@@ -50,7 +52,8 @@ class _BoxHost:
         self._record_to, self._box = job.record_to, job.box
         needs = algorithm.needs(job.spec, job.settings)
         _warm_up(TorchActor(self._reader, job.spec, needs, np.random.default_rng(), deterministic=True), job.spec)
-        self.actor = TorchActor(self._reader, job.spec, needs, random_stream(job.seed, "actor"))
+        rng = random_stream(job.seed, job.start.stream("actor"))
+        self.actor = TorchActor(self._reader, job.spec, needs, rng, steps_done=job.start.step)
 
     @property
     def version(self) -> tuple[int, int]:

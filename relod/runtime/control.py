@@ -28,6 +28,7 @@ from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
 from .device import CommandRing
 from .messages import CycleRecord, encode
+from .plan import Start
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing, SpanWriter, Stage
 
@@ -39,7 +40,10 @@ OUTBOX_LIMIT = 4096  # messages the parent may be behind, 90 s of steps, before 
 class ActorHost(Protocol):
     """An actor and how its policy is kept up to date."""
 
-    actor: Actor
+    @property
+    def actor(self) -> Actor:
+        """What answers the observations."""
+        ...
 
     @property
     def version(self) -> tuple[int, int]:
@@ -59,6 +63,7 @@ class ControlJob:
     build_actor: Callable[[], ActorHost]
     safety: SafetySettings
     seed: int
+    start: Start
     max_steps: int
     sensors: SensorRing
     frames: FrameRing
@@ -83,9 +88,11 @@ class _Control:
             task=self._task,
             actor=self._host.actor,
             safety=job.safety,
-            rng=random_stream(job.seed, "reset"),
+            rng=random_stream(job.seed, job.start.stream("reset")),
             shrink=make_shrink(spec.image_hw),
             max_steps=job.max_steps,
+            first_episode=job.start.episode,
+            first_step=job.start.step,
         )
         self._spans: SpanWriter = job.spans.writer("control")
         self._frames: deque[Frame] = deque(maxlen=spec.frames)

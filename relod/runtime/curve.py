@@ -1,4 +1,7 @@
-"""The learning curve of a run as a picture, drawn from its episodes.jsonl. Needs matplotlib: relod[plots]."""
+"""The learning curve of one run: its episodes.jsonl read back, and a picture of it. Curves of many: `plot.py`.
+
+The picture needs matplotlib: relod[plots].
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,30 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Episode", "read_episodes", "running_mean", "write_curve"]
+__all__ = [
+    "CUT_REASONS",
+    "MEAN_EPISODES",
+    "Episode",
+    "bootstrap_interval",
+    "read_episodes",
+    "running_mean",
+    "write_curve",
+]
 
 MEAN_EPISODES = 20  # the published figures average the episodes of a few minutes
+RESAMPLES = 2000  # of a bootstrap; another thousand moves its ends by less than a line is wide
+
+# Ends that say nothing about the policy: what the cycle and the run give as reasons, not the task.
+CUT_REASONS = frozenset(
+    {
+        "end of the run",
+        "interrupted",
+        "safety stop",
+        "no sensor data",
+        "no camera image",
+        "the robot was connected again",
+    }
+)
 
 # Ends of episodes that have a colour of their own; others share grey. Blue and orange also differ for colour-blind
 # readers.
@@ -20,11 +44,19 @@ OTHER_COLOUR = "#888888"
 
 
 class Episode(msgspec.Struct, frozen=True):
-    """One line of episodes.jsonl, as far as the curve needs it."""
+    """One line of episodes.jsonl, as far as curves need it."""
 
     experience_s: float
     return_: float = msgspec.field(name="return")
     reason: str = ""
+    wall_s: float = 0.0
+    steps: int = 0  # of the run so far
+    success: bool = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended for a reason outside the task, so that its return is not a whole episode's."""
+        return self.reason in CUT_REASONS
 
 
 def read_episodes(path: Path) -> list[Episode]:
@@ -46,6 +78,19 @@ def running_mean(values: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.
     begins = np.maximum(0, ends - count)
     means: npt.NDArray[np.float64] = (sums[ends] - sums[begins]) / (ends - begins)
     return means
+
+
+def bootstrap_interval(
+    values: npt.NDArray[np.float64], seed: int = 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Ends `(G,)` of the 95 % percentile bootstrap interval of the mean over the rows of `values`, `(R, G)`.
+
+    Rows are drawn whole, so a run's points stay together. The same values give the same interval.
+    """
+    count = len(values)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
+    low, high = np.percentile(weights @ values, (2.5, 97.5), axis=0)
+    return low, high
 
 
 def write_curve(folder: Path, title: str) -> str:

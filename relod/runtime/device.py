@@ -22,12 +22,12 @@ import uvloop
 
 from ..config import SafetySettings, Section
 from ..errors import EXIT_SIGTERM, RelodError, SafetyStop, StartError
+from ..loading import load_attribute
 from ..types import Driver
 from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .commands import CommandRing, Leash, WriterWatch
 from .guardian import Guard
-from .processes import load_attribute
 from .shared import SensorRing
 from .spans import SpanRing, Stage
 
@@ -123,7 +123,7 @@ class _Device:
         job.sensors.ring.take_over()
         newest = self._ring.newest()  # what was asked before this process ran is not executed any more
         self._seen, self._request_id = (newest[0], int(newest[1]["request_id"])) if newest else (0, 0)
-        factory: DriverFactory = load_attribute(job.driver)
+        factory: DriverFactory = load_attribute(job.driver, "the driver")
         self._driver = factory(job.address, job.settings, job.sensors.publish, self._tell)
         self._driver.connection_epoch = self._last_epoch()
 

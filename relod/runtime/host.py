@@ -25,7 +25,7 @@ from .clock import NS_PER_S, monotonic_ns
 from .control import ActorHost, ControlJob
 from .device import CommandRing, DeviceJob
 from .messages import MAX_MESSAGE_BYTES, CycleRecord, decode
-from .plan import Plan
+from .plan import Plan, Start
 from .processes import Child, Supervisor
 from .profile import Profile
 from .progress import Progress
@@ -107,7 +107,10 @@ class RobotHost:
         sink: Sink,
         children: Sequence[ChildSpec] = (),
         spans: SpanRing,
+        start: Start,
+        progress: Progress,
     ) -> None:
+        self._start_at = start
         self._plan, self._folder, self._sink = plan, folder, sink
         self._build_actor, self._extra = build_actor, children
         spec = plan.task.spec
@@ -115,7 +118,7 @@ class RobotHost:
         ours.setblocking(False)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        frames = FrameRing(*spec.camera_hw, capacity=FRAMES_IN_RING)
+        frames = FrameRing(*spec.camera_hw, capacity=FRAMES_IN_RING, last_id=start.frame_id)
         self._shared = _Shared(
             sensors=SensorRing(plan.entry.sensor_names),
             frames=frames,
@@ -125,7 +128,7 @@ class RobotHost:
             stream_theirs=theirs,
             frames_signal=frames.add_signal(),
         )
-        self.progress = Progress(plan, folder)
+        self.progress = progress
         self._profile = Profile(spans, spec.cycle_ns, lambda name, rows: folder.spans(rows))
         self._recorder = Recorder(folder.path) if plan.settings.run.record else None
         self._supervisor = Supervisor(
@@ -136,7 +139,7 @@ class RobotHost:
             on_restart=self.progress.restarted,
             on_done=self._done,
         )
-        self._taken_id = 0
+        self._taken_id = start.frame_id
         self._running = False  # every child is ready
         self._ended = asyncio.Event()
         self._signalled: signal.Signals | None = None
@@ -192,6 +195,7 @@ class RobotHost:
                     build_actor=self._build_actor,
                     safety=plan.settings.safety,
                     seed=plan.settings.run.seed,
+                    start=self._start_at,
                     max_steps=plan.max_steps,
                     sensors=shared.sensors,
                     frames=shared.frames,

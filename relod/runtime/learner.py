@@ -7,68 +7,81 @@ from it. The robot side is told policies through a `PolicyBox`.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 
-from ..algos.agent import policy_size
-from ..robots.vision import make_shrink
-from ..types import EpisodeEnd, Frame, Image, Step
+from ..algos.agent import Learner, policy_size
+from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
+from .checkpoint import Checkpoint, newest_readable, write_checkpoint
 from .clock import Clock
-from .plan import Plan
+from .experience import Experience
+from .log.format import LogPosition
+from .plan import Plan, Start
 from .policy import PolicyBox, PolicyWriter
-from .replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
+from .replay import ReplaySampler
 from .spans import SpanRing
-from .worker import LearnerLoop, NewsSender, WorkerJob, WorkerStatus, newest_checkpoint, write_checkpoint
+from .updates import LearnerLoop
+from .worker import NewsSender, WorkerJob, WorkerStatus
 
-__all__ = ["LearnerSide"]
+__all__ = ["CHECKPOINTS", "LearnerSide"]
 
-FRAMES_KEPT = 256  # 8.5 s of camera: far more than the episode stream can be behind
+CHECKPOINTS = "checkpoints"  # within a run's folder
+
 STATUS_BYTES = 1 << 16
 
 
 class LearnerSide:
-    """Owns replay and policy box; `add_frame` and `add` take in experience, in order."""
+    """Owns experience and policy box; a context manager. `add_frame` and `add` take in experience, in order.
 
-    def __init__(self, plan: Plan, folder: Path, spans: SpanRing | None) -> None:
+    Args:
+        end: where to cut the log of a resumed run; None keeps all of it.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, spans: SpanRing | None, *, end: LogPosition | None = None) -> None:
         spec, settings = plan.task.spec, plan.settings
         self.needs = plan.algorithm.needs(spec, settings.agent)
-        self._plan, self._checkpoints, self._spans = plan, folder / "checkpoints", spans
-        layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=self.needs.n_step)
-        self._table = ReplayTable(layout)
-        self._writer = ReplayWriter(self._table)
+        self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
+        self.experience = Experience(plan, folder, self.needs.n_step, end=end)
         self._box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
-        self._shrink = make_shrink(spec.image_hw)
-        self._frames: dict[int, Image] = {}
-        self._send: Callable[[bytes], object] = lambda news: None
         self._link: socket.socket | None = None
         self._epoch = 0
-        self.dropped = 0  # steps and ends of episodes without their frames
+
+    def __enter__(self) -> LearnerSide:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.experience.log.close()
 
     # -- experience ----------------------------------------------------------------------------------------------------
 
     def add_frame(self, frame: Frame) -> None:
-        """Keep a camera frame, at the agent's size, for the steps that will name it."""
-        self._frames[frame.id] = self._shrink(frame.image)
-        while len(self._frames) > FRAMES_KEPT:
-            del self._frames[next(iter(self._frames))]
+        """Keep a camera frame for the steps that will name it."""
+        self.experience.add_frame(frame)
 
     def add(self, message: Step | EpisodeEnd) -> None:
-        """The next step or end of an episode; one whose frames were lost is left out, and the episode cut there."""
-        if any(frame_id not in self._frames for frame_id in message.frame_ids):
-            self.dropped += 1
-            self._send(self._writer.abandon())
-        elif isinstance(message, Step):
-            self._send(self._writer.append(message, self._frames))
-        else:
-            self._send(self._writer.close_episode(message, self._frames))
+        """The next step or end of an episode, for log and replay."""
+        self.experience.add(message)
+
+    def restore(self, checkpoint: Checkpoint | None) -> list[EpisodeEnd]:
+        """Go on with a run on the wall clock; returns the episodes that ended in the part of the log that was read.
+
+        The log is whole up to the last record; an episode that was open has no known outcome and is cut there.
+        """
+        experience = self.experience
+        ends = experience.refill(max(0, experience.log.env_steps - self._plan.settings.replay.capacity))
+        experience.cut()
+        saved = checkpoint.counters["epoch"] if checkpoint is not None else 0
+        self._epoch = max(saved, experience.newest_epoch)
+        return ends
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
-    def actor(self, record_to: Path | None = None) -> BoxActor:
+    def actor(self, start: Start, record_to: Path | None = None) -> BoxActor:
         """Builds an actor that follows this learner's policies."""
         plan = self._plan
         return BoxActor(
@@ -77,6 +90,7 @@ class LearnerSide:
             settings=plan.settings.agent,
             box=self._box,
             seed=plan.settings.run.seed,
+            start=start,
             record_to=record_to,
         )
 
@@ -88,9 +102,9 @@ class LearnerSide:
         self._close_link()
         self._link = ours
         sender = NewsSender(ours)
-        self._send = sender.send
+        self.experience.send = sender.send
         self._epoch += 1
-        sender.send(self._writer.reissue())
+        sender.send(self.experience.writer.reissue())
         plan = self._plan
         return WorkerJob(
             algorithm=plan.algorithm_target,
@@ -99,11 +113,11 @@ class LearnerSide:
             agent=plan.settings.agent,
             seed=plan.settings.run.seed,
             epoch=self._epoch,
-            replay=self._table,
+            replay=self.experience.table,
             box=self._box,
             link=theirs,
             checkpoints=self._checkpoints,
-            resume=newest_checkpoint(self._checkpoints),
+            extra={"run": plan.identity},
             spans=self._spans,
         )
 
@@ -113,9 +127,11 @@ class LearnerSide:
         if self._link is None:
             return values
         try:
-            self._send(b"")
+            self.experience.send(b"")
             while data := self._link.recv(STATUS_BYTES):
-                values |= _report(msgspec.msgpack.decode(data, type=WorkerStatus)) | {"dropped": float(self.dropped)}
+                values |= _report(msgspec.msgpack.decode(data, type=WorkerStatus)) | {
+                    "dropped": float(self.experience.dropped)
+                }
         except BlockingIOError:
             pass
         except OSError:  # the worker died; its successor gets the whole table
@@ -129,37 +145,47 @@ class LearnerSide:
                 self._link.shutdown(socket.SHUT_WR)
             except OSError:
                 self._close_link()
-        self._send = lambda news: None
+        self.experience.send = lambda news: None
 
     def _close_link(self) -> None:
         if self._link is not None:
             self._link.close()
-        self._link, self._send = None, lambda news: None
+        self._link, self.experience.send = None, lambda news: None
 
     # -- learning inline, in virtual time ------------------------------------------------------------------------------
 
-    def inline(self, clock: Clock) -> LearnerLoop:
+    def inline(self, clock: Clock, say: Callable[[str], object] = lambda text: None) -> LearnerLoop:
         """The learner in this process; its updates are deterministic for a seed and a thread count."""
         plan = self._plan
-        torch.set_num_threads(plan.settings.learner.threads or 1)
-        sampler = ReplaySampler(self._table)
-        self._send = sampler.apply
+        settings, seed = plan.settings.learner, plan.settings.run.seed
+        torch.set_num_threads(settings.threads or 1)
+        sampler = ReplaySampler(self.experience.table)
+        self.experience.send = sampler.apply
+
+        def build() -> Learner:
+            device = torch.device("cpu")
+            return plan.algorithm.build_learner(  # type: ignore[no-any-return]
+                plan.task.spec, plan.settings.agent, seed=seed, device=device
+            )
+
         return LearnerLoop(
-            plan.algorithm.build_learner(
-                plan.task.spec, plan.settings.agent, seed=plan.settings.run.seed, device=torch.device("cpu")
-            ),
+            build(),
             sampler,
             self.needs,
             epoch=1,
-            seed=plan.settings.run.seed,
+            seed=seed,
             publish=PolicyWriter(self._box).publish,
-            publish_every_s=plan.settings.learner.publish_every_s,
+            publish_every_s=settings.publish_every_s,
             clock=clock,
+            update_every_steps=settings.update_every_steps,
+            max_updates_per_s=settings.max_updates_per_s,
+            recover=lambda: (build(), newest_readable(self._checkpoints).checkpoint),
+            say=say,
         )
 
-    def save(self, loop: LearnerLoop) -> None:
-        """Write a checkpoint of the inline learner."""
-        write_checkpoint(self._checkpoints, loop.checkpoint())
+    def save(self, loop: LearnerLoop, extra: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the inline learner, and whatever else its run needs to go on."""
+        write_checkpoint(self._checkpoints, loop.checkpoint({"run": self._plan.identity, **extra}))
 
 
 def _report(status: WorkerStatus) -> dict[str, float | str]:
@@ -169,6 +195,7 @@ def _report(status: WorkerStatus) -> dict[str, float | str]:
         "updates_per_s": status.updates_per_s,
         "replay_steps": float(status.replay_steps),
         "published": float(status.published),
+        "rollbacks": float(status.rollbacks),
         "checkpoint_updates": float(status.checkpoint_updates),
         **{f"metric.{name}": value for name, value in status.metrics.items()},
     }

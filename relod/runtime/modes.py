@@ -15,11 +15,12 @@ from typing import Any
 
 import msgspec
 
-from ..config import Section, Settings, describe, load
-from ..errors import SettingsError
+from ..config import Section, Settings, describe, flatten, load
+from ..errors import SettingsError, StartError
 from ..robots import registry
 from ..robots.registry import TaskEntry
-from .plan import Plan
+from .plan import Plan, Resume
+from .rundir import read_run
 
 __all__ = ["Request", "describe_modes", "describe_settings", "run_check", "run_emulator", "run_robot"]
 
@@ -28,22 +29,30 @@ CLOCKS = ("wall", "virtual")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user asked of `relod robot`, unresolved."""
+    """What the user asked of `relod robot`, unresolved; None where nothing was said."""
 
-    task: str
-    mode: str
-    algorithm: str
+    task: str | None
+    mode: str | None
+    algorithm: str | None
     preset: str | None
+    profile: str | None
     robot: str | None
     camera: str | None
     allow_mixed: bool
-    world: str
-    clock: str
+    world: str | None
+    clock: str | None
+    resume: Path | None
     config: Path | None
     environment: Mapping[str, str]
     assignments: tuple[str, ...]
     overrides: Mapping[str, Any]
     arguments: tuple[str, ...]
+
+
+DEFAULTS = {"task": "create", "mode": "local-only", "algorithm": "sac", "world": "nominal", "clock": "wall"}
+
+# Settings that a resumed run may change: what they say holds for one session, not for what was learned from.
+MAY_CHANGE = ("run.steps", "run.minutes", "run.metrics_every_s", "run.tensorboard", "learner.", "safety.", "camera.")
 
 
 def run_robot(request: Request) -> Any:
@@ -58,15 +67,16 @@ def run_robot(request: Request) -> Any:
 def local_only(plan: Plan, arguments: tuple[str, ...]) -> Any:
     """Actor in the control process, replay in this process, updates in a worker on this host."""
     from .learner import LearnerSide
-    from .session import announce, new_spans, open_folder, run_virtual, run_wall
+    from .session import announce, find_checkpoint, new_spans, open_folder, run_wall
+    from .virtualsession import run_virtual
 
     announce(plan)
+    checkpoint = find_checkpoint(plan)
+    if plan.clock == "virtual":
+        return run_virtual(plan, arguments, checkpoint)
     spans = new_spans()
-    with open_folder(plan, arguments) as folder:
-        learner = LearnerSide(plan, folder.path, spans)
-        if plan.clock == "virtual":
-            return run_virtual(plan, folder, learner)
-        return run_wall(plan, folder, learner, spans)
+    with open_folder(plan, arguments) as folder, LearnerSide(plan, folder.path, spans) as learner:
+        return run_wall(plan, folder, learner, spans, checkpoint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,47 +107,131 @@ def describe_modes() -> list[dict[str, str]]:
 
 def resolve(request: Request) -> Plan:
     """Look up every name and load the settings; `SettingsError` for whatever does not fit together."""
-    _one_of(request.mode, tuple(MODES), "mode")
-    _one_of(request.clock, CLOCKS, "clock")
-    robot, camera = _hardware(request)
-    entry = registry.task(request.task)
-    algorithm = registry.algorithm(request.algorithm)
-    preset, reason = _preset(request.preset, algorithm.presets)
-    settings = load(
-        {**entry.sections(), "agent": algorithm.settings_type},
-        presets=[world_settings(entry, request.world), algorithm.presets[preset]],
-        file=request.config,
-        environment=request.environment,
-        assignments=request.assignments,
-        overrides=request.overrides,
-    )
-    if request.clock == "virtual" and settings.run.record:
+    before = _before(request) if request.resume is not None else None
+    names = {name: _chosen(request, name, before) for name in (*DEFAULTS, "preset")}
+    _one_of(names["mode"], tuple(MODES), "mode")
+    _one_of(names["clock"], CLOCKS, "clock")
+    robot, camera = _hardware(request, names["clock"], before)
+    entry = registry.task(names["task"])
+    algorithm = registry.algorithm(names["algorithm"])
+    preset, reason = _preset(names["preset"], algorithm.presets)
+    sections = {**entry.sections(), "agent": algorithm.settings_type}
+    if before is None:
+        trees = [world_settings(entry, names["world"]), algorithm.presets[preset]]
+        if request.profile is not None:
+            trees.append(algorithm.profiles[_one_of(request.profile, tuple(algorithm.profiles), "profile")])
+        settings = _load(request, sections, presets=trees, file=request.config)
+    else:
+        settings, reason = _resumed_settings(request, sections, before.folder), before.run["preset_reason"]
+    if names["clock"] == "virtual" and settings.run.record:
         raise SettingsError(
             "a run in virtual time is not recorded: its seed repeats it", "leave out --record, or use --clock wall"
         )
     return Plan(
-        task_name=request.task,
+        task_name=names["task"],
         entry=entry,
         task=entry.build(settings.task),
-        mode=request.mode,
-        algorithm_name=request.algorithm,
-        algorithm_target=registry.target("algorithm", request.algorithm),
+        mode=names["mode"],
+        algorithm_name=names["algorithm"],
+        algorithm_target=registry.target("algorithm", names["algorithm"]),
         algorithm=algorithm,
         preset=preset,
         preset_reason=reason,
         settings=settings,
         robot=robot,
         camera=camera,
-        world=request.world,
-        clock=request.clock,
+        world=names["world"],
+        clock=names["clock"],
+        resume=before.resume if before is not None else None,
     )
 
 
-def _hardware(request: Request) -> tuple[str | None, str | None]:
+def _load(request: Request, sections: Mapping[str, type[Section]], **sources: Any) -> Settings:
+    return load(
+        sections,
+        environment=request.environment,
+        assignments=request.assignments,
+        overrides=request.overrides,
+        **sources,
+    )
+
+
+# -- going on with a run ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """The run that goes on."""
+
+    run: Mapping[str, Any]  # its run.json
+    resume: Resume
+
+    @property
+    def folder(self) -> Path:
+        return self.resume.folder
+
+
+def _before(request: Request) -> _Before:
+    """The run to resume; `StartError` when it is none, `SettingsError` when it cannot be resumed."""
+    assert request.resume is not None
+    folder = request.resume.resolve()
+    run = read_run(folder)
+    if request.config is not None:
+        raise SettingsError(f"--config {request.config} with --resume", "a resumed run keeps its settings")
+    if request.profile is not None:
+        raise SettingsError(f"--profile {request.profile} with --resume", "a resumed run keeps its settings")
+    missing = [name for name in (*DEFAULTS, "preset", "preset_reason", "robot", "camera") if name not in run]
+    if missing or not (folder / "log").is_dir():
+        what = f"its run.json says no {missing[0]}" if missing else "it has no experience log"
+        raise StartError(f"{folder} cannot be resumed: {what}", "only runs of this version of relod can")
+    return _Before(run=run, resume=Resume(folder=folder, session=len(run.get("sessions", [])) + 1))
+
+
+def _chosen(request: Request, name: str, before: _Before | None) -> Any:
+    """A name as asked for, as the resumed run has it, or the default; never two different ones."""
+    asked = getattr(request, name)
+    if before is None:
+        return DEFAULTS.get(name) if asked is None else asked
+    if asked is not None and asked != before.run[name]:
+        raise SettingsError(
+            f"--{name} {asked} differs from the run's {before.run[name]}", "a resumed run keeps it; leave it out"
+        )
+    return before.run[name]
+
+
+def _resumed_settings(request: Request, sections: Mapping[str, type[Section]], folder: Path) -> Settings:
+    """The run's own settings, with what one session may change."""
+    own = load(sections, file=folder / "settings.toml")
+    settings = _load(request, sections, file=folder / "settings.toml")
+    old, new = (dict(flatten(tree)) for tree in (own, settings))
+    for name, value in new.items():
+        if value != old[name] and not name.startswith(MAY_CHANGE):
+            raise SettingsError(
+                f"{name} = {value!r} differs from the run's {old[name]!r}",
+                f"a resumed run may change only {', '.join(part.rstrip('.') for part in MAY_CHANGE)}",
+            )
+    if settings.run.record:
+        raise SettingsError(
+            f"{folder} is a recorded run: it cannot go on, for a recording has no gaps", "make a new run"
+        )
+    return settings
+
+
+def _hardware(request: Request, clock: str, before: _Before | None) -> tuple[str | None, str | None]:
     """Robot and camera as named, None for simulated; never a mixture unless it was asked for."""
     robot = request.robot
     camera = None if request.camera == "sim" else request.camera
-    if request.clock == "virtual" and (robot or camera):
+    if before is not None and (robot is None, camera is None) != (
+        before.run["robot"] is None,
+        before.run["camera"] is None,
+    ):
+        raise SettingsError(
+            f"the run's world is: {before.run['device']}; it cannot go on in another",
+            "leave out --robot and --camera"
+            if before.run["robot"] is None
+            else f"hardware is named each time: --robot {before.run['robot']} --camera {before.run['camera'] or 'sim'}",
+        )
+    if clock == "virtual" and (robot or camera):
         raise SettingsError(
             "--clock virtual has no hardware: it runs faster than real time", "leave out --robot and --camera"
         )

@@ -5,14 +5,39 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ..config import RunSettings, Settings
 from ..robots.registry import TaskEntry
 from ..types import Task
 from .clock import NS_PER_S
 
-__all__ = ["Plan", "steps_limit"]
+__all__ = ["Plan", "Resume", "Start", "steps_limit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """A run that goes on in its own folder."""
+
+    folder: Path
+    session: int  # 1 for the first time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Where a session of a run begins; the defaults are a new run's."""
+
+    step: int = 0  # environment steps done
+    episode: int = 0  # number of the next episode
+    frame_id: int = 0  # of the newest camera frame so far
+    session: int = 0
+
+    def stream(self, name: str) -> str:
+        """Name of a random stream of this session: on the wall clock the past of the old one is not known."""
+        return f"{name}.{self.session}" if self.session else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +58,7 @@ class Plan:
     camera: str | None  # None: simulated
     world: str
     clock: str
+    resume: Resume | None = None
 
     @property
     def simulated(self) -> bool:
@@ -45,6 +71,16 @@ class Plan:
         if self.robot is None and self.camera is None:
             return "SIMULATED"
         return f"robot {self.robot or 'SIMULATED'}, camera {self.camera or 'SIMULATED'}"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must agree in to belong to this run."""
+        return {
+            "task": self.task_name,
+            "algorithm": self.algorithm_name,
+            "preset": self.preset,
+            "agent settings": repr(msgspec.to_builtins(self.settings.agent)),
+        }
 
     @property
     def task_builder(self) -> Callable[[], Task]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import importlib
 import multiprocessing
 import os
 import signal
@@ -22,21 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
+from ..loading import load_attribute
 from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Report, Tell, readable
 from .clock import NS_PER_S, cpu_seconds_of, monotonic_ns
 
-__all__ = ["Child", "Supervisor", "child_main", "load_attribute"]
+__all__ = ["Child", "Supervisor", "child_main"]
 
 START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
 STOP_LIMIT_S = 5.0
 KILL_LIMIT_S = 2.0
 PR_SET_NAME = 15  # linux/prctl.h
-
-
-def load_attribute(path: str) -> Any:
-    """The object named "module:attribute"."""
-    module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any) -> None:
@@ -46,7 +40,7 @@ def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any
     ctypes.CDLL(None).prctl(PR_SET_NAME, f"relod-{name}".encode()[:15])  # what `top` and `ps -o comm` show
     _redirect_output(log_path)
     try:
-        load_attribute(target)(channel, job)
+        load_attribute(target, name)(channel, job)
     except RelodError as error:
         channel.send(Failed(error.exit_code, error.message, error.hint))
         sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from ..types import EpisodeEnd, Frame, Step
@@ -10,7 +11,7 @@ from .clock import NS_PER_S, monotonic_ns
 from .device import MAY_BE_MOVING
 from .plan import Plan
 from .profile import Profile
-from .rundir import RunFolder, disk_errors
+from .rundir import EpisodeLine, RunFolder, disk_errors
 from .spans import Stage
 from .viewstate import RunState, save_state
 
@@ -47,6 +48,17 @@ class Progress:
             cycle_ms=plan.cycle_s * 1000,
             replay_capacity=plan.settings.replay.capacity,
         )
+
+    def restore(self, lines: Sequence[EpisodeLine], steps: int, wall_s: float) -> None:
+        """Go on from the episodes and steps of the run so far; `wall_s` is the time that it has taken."""
+        state = self.state
+        self.steps = state.steps = steps
+        self.lengths = [line.length for line in lines]
+        state.episodes = len(lines)
+        state.returns.extend(line.return_ for line in lines)
+        state.successes.extend(line.success for line in lines)
+        state.experience_s = self.experience_s
+        self._started_ns -= int(wall_s * NS_PER_S)
 
     # -- what happens --------------------------------------------------------------------------------------------------
 

@@ -16,134 +16,18 @@ numpy, which copies single pixels of 3 bytes faster than torch.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
-from ..algos.batch import Batch, Window, copy_window
-from ..types import EpisodeEnd, FloatArray, Image, Step, TaskSpec
-from .clock import NS_PER_S
-from .tensors import shared_tensor
+from ..algos.batch import PIXEL
+from ..types import EpisodeEnd, FloatArray, Image, Step
+from .replaytable import ReplayLayout, ReplayNews, ReplayTable
+from .sampler import ReplaySampler
 
 __all__ = ["ReplayLayout", "ReplayNews", "ReplaySampler", "ReplayTable", "ReplayWriter"]
-
-CHUNK_STEPS = 256
-MAX_REDRAWS = 100  # a redraw is rare, a hundred in a row mean that the writer laps the sampler
-PIXEL = np.dtype("V3")  # one BGR pixel as an item
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayLayout:
-    """Sizes of a replay; both ends must agree on them."""
-
-    capacity: int  # steps kept at least
-    image_hw: tuple[int, int]
-    frames: int  # k
-    proprio_dim: int
-    action_dim: int
-    lookahead: int  # n, the longest n-step window
-    frames_per_step: float  # new camera frames per action cycle
-    streams: int = 1
-    chunk_steps: int = CHUNK_STEPS
-
-    @classmethod
-    def for_task(cls, spec: TaskSpec, *, capacity: int, lookahead: int, streams: int = 1) -> ReplayLayout:
-        """The layout for a task's observations."""
-        per_step = min(float(spec.frames), 1.05 * spec.camera_fps * spec.cycle_ns / NS_PER_S)
-        return cls(
-            capacity=capacity,
-            image_hw=spec.image_hw,
-            frames=spec.frames,
-            proprio_dim=spec.proprio_dim,
-            action_dim=spec.action_dim,
-            lookahead=lookahead,
-            frames_per_step=max(1.0, per_step),
-            streams=streams,
-        )
-
-    @property
-    def chunks(self) -> int:
-        """Chunks in the pool: the capacity, one being filled by each stream, one retired ahead."""
-        return math.ceil(self.capacity / self.chunk_steps) + self.streams + 1
-
-    @property
-    def rows(self) -> int:
-        """Rows in a chunk: its own and those copied in."""
-        return self.chunk_steps + self.lookahead
-
-    @property
-    def slots(self) -> int:
-        """Frames in a chunk; where a camera delivers more than expected, the chunk just ends earlier."""
-        return math.ceil(self.chunk_steps * self.frames_per_step) + (self.lookahead + 2) * self.frames
-
-
-class ReplayTable:
-    """The shared memory; pickles into a spawned child."""
-
-    def __init__(self, layout: ReplayLayout) -> None:
-        self.layout = layout
-        height, width = layout.image_hw
-        self._frames = shared_tensor((layout.chunks * layout.slots, height, width, 3), torch.uint8)
-        # Eight bytes a chunk for its generation, which only ever grows, then the rows.
-        self._rows = shared_tensor((layout.chunks * (8 + layout.rows * self._row_type().itemsize),), torch.uint8)
-        self._bind()
-
-    def _row_type(self) -> np.dtype[np.void]:
-        layout = self.layout
-        return np.dtype(
-            [
-                ("proprio", "<f4", (layout.proprio_dim,)),
-                ("action", "<f4", (layout.action_dim,)),
-                ("reward", "<f4"),
-                ("slots", "<u2", (layout.frames,)),
-                ("terminated", "u1"),
-                ("last", "u1"),  # the episode's last step: its next row is the episode's last observation
-            ]
-        )
-
-    def _bind(self) -> None:
-        layout = self.layout
-        self.frames = self._frames.numpy().view(PIXEL)[..., 0]
-        rows: npt.NDArray[np.uint8] = self._rows.numpy()
-        self.generations = rows[: 8 * layout.chunks].view(np.uint64)
-        self.rows = rows[8 * layout.chunks :].view(self._row_type()).reshape(layout.chunks, layout.rows)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"layout": self.layout, "_frames": self._frames, "_rows": self._rows}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._bind()
-
-
-_NEWS = struct.Struct("<QQIHH")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayNews:
-    """Rows `start..stop` of a chunk became transitions. A generation above the last one said the chunk was emptied."""
-
-    chunk: int
-    generation: int
-    start: int
-    stop: int
-    env_steps: int  # environment steps of the run so far
-
-    def pack(self) -> bytes:
-        """24 bytes; messages may be joined."""
-        return _NEWS.pack(self.env_steps, self.generation, self.chunk, self.start, self.stop)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> Iterator[ReplayNews]:
-        """All news in `data`."""
-        for env_steps, generation, chunk, start, stop in _NEWS.iter_unpack(data):
-            yield cls(chunk=chunk, generation=generation, start=start, stop=stop, env_steps=env_steps)
 
 
 @dataclass(slots=True)
@@ -174,7 +58,7 @@ class ReplayWriter:
         self._layout = layout
         self._streams: dict[int, _Stream] = {}
         self._free = deque(range(layout.chunks))
-        self._leased: dict[int, None] = {}  # chunks in use, in the order of their leases
+        self._leased: dict[int, int] = {}  # chunks in use and their first step, in the order of their leases
         self._open: set[int] = set()
         self._offered = np.zeros((layout.chunks, layout.rows), bool)
         self._news: list[bytes] = []
@@ -215,6 +99,11 @@ class ReplayWriter:
         if state.chunk is not None:
             self._open.discard(state.chunk.number)
         return news
+
+    @property
+    def first_step(self) -> int:
+        """The oldest environment step here: a writer fed from it on fills its table in the same way (one stream)."""
+        return next(iter(self._leased.values()), self.env_steps)
 
     def reissue(self) -> bytes:
         """News of everything that can be sampled, for a worker that starts over."""
@@ -270,7 +159,7 @@ class ReplayWriter:
     def _roll_over(self, state: _Stream) -> _Chunk:
         """A new chunk for the stream, begun with the rows that still wait for their window."""
         state.before, old_rows = state.chunk, list(state.waiting)
-        chunk = state.chunk = _Chunk(self._lease())
+        chunk = state.chunk = _Chunk(self._lease(self.env_steps - len(old_rows)))
         state.waiting.clear()
         if state.before is None:
             return chunk
@@ -305,11 +194,11 @@ class ReplayWriter:
         self._offered[state.chunk.number, start:stop] = True
         self._news.append(self._pack(state.chunk.number, start, stop))
 
-    def _lease(self) -> int:
+    def _lease(self, first_step: int) -> int:
         chunk = self._free.popleft()
         if not self._free:
             self._retire(next(number for number in self._leased if number not in self._open))
-        self._leased[chunk] = None
+        self._leased[chunk] = first_step
         self._open.add(chunk)
         return chunk
 
@@ -329,130 +218,3 @@ class ReplayWriter:
         chunk = 0 if state.chunk is None else state.chunk.number
         news, self._news = b"".join([*self._news, self._pack(chunk, 0, 0)]), []
         return news
-
-
-class ReplaySampler:
-    """Draws minibatches; keeps its own index of what may be drawn, fed by `apply`."""
-
-    def __init__(self, table: ReplayTable) -> None:
-        layout = table.layout
-        self.env_steps = 0
-        self.redrawn = 0  # draws repeated because a chunk was overwritten meanwhile
-        self._table = table
-        self._layout = layout
-        self._rows = table.rows.reshape(-1)
-        self._index = np.zeros(layout.chunks * layout.rows, np.int64)  # chunk * rows + row
-        self._size = 0
-        self._generations = np.zeros(layout.chunks, np.uint64)
-        self._scratch = np.zeros((layout.frames, *layout.image_hw), PIXEL)
-        self._pixels = np.zeros(0, PIXEL)
-
-    def __len__(self) -> int:
-        """Transitions that can be drawn."""
-        return self._size
-
-    def apply(self, data: bytes) -> None:
-        """Take in news from the writer."""
-        for news in ReplayNews.unpack(data):
-            self.env_steps = max(self.env_steps, news.env_steps)
-            if news.generation > self._generations[news.chunk]:
-                self._forget(news.chunk)
-                self._generations[news.chunk] = news.generation
-            count = news.stop - news.start
-            first = news.chunk * self._layout.rows + news.start
-            self._index[self._size : self._size + count] = np.arange(first, first + count)
-            self._size += count
-
-    def sample(self, batch_size: int, *, n_step: int, gamma: float, window: Window, rng: np.random.Generator) -> Batch:
-        """Draw uniformly, with replacement. The batch's memory is used again by the next call.
-
-        Raises:
-            ValueError: the replay is empty, or `n_step` is beyond the layout's lookahead.
-        """
-        if not 1 <= n_step <= self._layout.lookahead:
-            raise ValueError(f"n_step is {n_step}; this replay offers 1 to {self._layout.lookahead}")
-        rows = self._draw(batch_size, rng)
-        corners = window.offsets(rng, batch_size)
-        for _ in range(MAX_REDRAWS):
-            batch = self._gather(rows, n_step, gamma, window, corners)
-            chunks = rows // self._layout.rows
-            stale = self._table.generations[chunks] != self._generations[chunks]
-            if not stale.any():
-                return batch
-            for chunk in np.unique(chunks[stale]):
-                self._forget(int(chunk))
-            rows[stale] = self._draw(int(stale.sum()), rng)
-            self.redrawn += int(stale.sum())
-        raise ValueError(f"the replay is overwritten faster than it is read ({MAX_REDRAWS} redraws)")
-
-    def _draw(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        if self._size == 0:
-            raise ValueError("nothing to sample: the replay holds no transition yet")
-        return self._index[rng.integers(0, self._size, count)]
-
-    def _forget(self, chunk: int) -> None:
-        kept = self._index[: self._size]
-        kept = kept[kept // self._layout.rows != chunk]
-        self._size = len(kept)
-        self._index[: self._size] = kept
-
-    def _gather(
-        self,
-        rows: npt.NDArray[np.int64],
-        n_step: int,
-        gamma: float,
-        window: Window,
-        corners: npt.NDArray[np.int64],
-    ) -> Batch:
-        next_rows, rewards, discounts = self._returns(rows, n_step, gamma)
-        now, later = self._rows[rows], self._rows[next_rows]
-        slots = np.stack([now["slots"], later["slots"]])
-        pixels = self._copy_images(np.stack([rows, next_rows]), slots, window, corners)
-        return Batch(
-            images=pixels[0],
-            next_images=pixels[1],
-            proprio=np.ascontiguousarray(now["proprio"]),
-            next_proprio=np.ascontiguousarray(later["proprio"]),
-            actions=np.ascontiguousarray(now["action"]),
-            rewards=rewards,
-            discounts=discounts,
-        )
-
-    def _returns(
-        self, rows: npt.NDArray[np.int64], n_step: int, gamma: float
-    ) -> tuple[npt.NDArray[np.int64], FloatArray, FloatArray]:
-        """Rows of the bootstrap observations, discounted reward sums, and discounts (0 after a termination)."""
-        reward, last, terminated = (self._rows[name] for name in ("reward", "last", "terminated"))
-        at = rows.copy()
-        total = np.zeros(len(rows))
-        discount = np.ones(len(rows))
-        going = np.ones(len(rows), bool)
-        ended = np.zeros(len(rows), bool)
-        for _ in range(n_step):
-            total += np.where(going, discount * reward[at], 0.0)
-            discount[going] *= gamma
-            ended |= going & (terminated[at] != 0)
-            ends = last[at] != 0
-            at = np.minimum(at + going, len(self._rows) - 1)
-            going &= ~ends
-        discount[ended] = 0.0
-        return at, total.astype(np.float32), discount.astype(np.float32)
-
-    def _copy_images(
-        self,
-        rows: npt.NDArray[np.int64],  # (2, B)
-        slots: npt.NDArray[np.uint16],  # (2, B, k)
-        window: Window,
-        corners: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.uint8]:
-        """Observations' and next observations' frames, `(2, B, k, h, w, 3) uint8`."""
-        layout, shape = self._layout, (*slots.shape, *window.out_hw)
-        if self._pixels.shape != shape:
-            self._pixels = np.zeros(shape, PIXEL)
-        numbers = (rows // layout.rows * layout.slots)[..., None] + slots
-        places = corners.tolist()
-        for targets, stacks in zip(self._pixels, numbers, strict=True):
-            for target, stack, (y, x) in zip(targets, stacks, places, strict=True):
-                np.take(self._table.frames, stack, axis=0, out=self._scratch, mode="clip")
-                copy_window(self._scratch, y, x, target)
-        return self._pixels.view(np.uint8).reshape(*shape, 3)

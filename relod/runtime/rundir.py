@@ -7,17 +7,22 @@
         episodes.jsonl   the same, one line per episode
         view.npz         what the live view showed last; docs/make_picture.py draws it
         spans.bin        raw span records; spans.json says their dtype and the stages' numbers
+        log/             the experience log, see docs/experience-log.md
+        checkpoints/     what the learner goes on from, see `relod.runtime.checkpoint`
+        tape.bin         in virtual time, the actor's answers, see `relod.runtime.tape`
+        lock             held by the process that writes here
     <root>/latest        a link to the newest
 
-A folder is never reused. Writes go to the kernel at once and are not synced: a crash of relod loses nothing, a power
-cut may lose the last seconds. The first write that fails ends the run with one `SafetyStop`; what is written after
-it, on the way out, is dropped without another.
+A folder belongs to one run, which may be resumed in it. Writes go to the kernel at once and are not synced: a crash of
+relod loses nothing, a power cut may lose the last seconds. The first write that fails ends the run with one
+`SafetyStop`; what is written after it, on the way out, is dropped without another.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -36,7 +41,7 @@ from .clock import utc_seconds
 from .spans import SPAN, Stage
 from .tensorboard import EventWriter
 
-__all__ = ["RunFolder", "disk_errors", "write_atomic"]
+__all__ = ["EpisodeLine", "RunFolder", "disk_errors", "read_run", "sync_folder", "write_atomic"]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPANS_LIMIT_BYTES = 256 << 20  # about four hours of a 45 ms cycle with its 5 ms sentinel
@@ -65,13 +70,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError:
         aside.unlink(missing_ok=True)
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put on the disk which files are in the folder. Raises `OSError`."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -84,8 +90,8 @@ class _Appender:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size_bytes = 0
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self.size_bytes = os.fstat(self._fd).st_size
 
     def append(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -98,8 +104,39 @@ class _Appender:
             raise
         self.size_bytes += len(data)
 
+    def cut(self, size_bytes: int) -> None:
+        """Drop what lies beyond; a file that is shorter stays as it is."""
+        self.size_bytes = min(self.size_bytes, size_bytes)
+        os.ftruncate(self._fd, self.size_bytes)
+
     def close(self) -> None:
         os.close(self._fd)
+
+
+class EpisodeLine(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of episodes.jsonl."""
+
+    experience_s: float
+    wall_s: float
+    steps: int  # of the run, at the episode's end
+    episode: int
+    length: int
+    return_: float = msgspec.field(name="return")
+    success: bool
+    reason: str
+
+
+def read_run(path: Path) -> dict[str, JsonValue]:
+    """The content of a folder's run.json; `StartError` when it is no run folder."""
+    try:
+        content = msgspec.json.decode((path / "run.json").read_bytes())
+    except OSError as error:
+        raise StartError(f"{path} is no run folder: run.json: {error.strerror}", "give a folder under runs/") from error
+    except msgspec.DecodeError as error:
+        raise StartError(f"{path / 'run.json'} is damaged: {error}", "this run cannot be resumed") from error
+    if not isinstance(content, dict):
+        raise StartError(f"{path / 'run.json'} is damaged: it holds no object", "this run cannot be resumed")
+    return content
 
 
 class RunFolder:
@@ -109,6 +146,7 @@ class RunFolder:
         self.path = path
         self.spans_dropped = 0  # beyond the size limit, or after a failure
         self.failed = False  # a write failed; later ones do nothing
+        self._lock = _lock(path)
         self._run = run
         self._events = events
         self._metrics = _Appender(path / "metrics.jsonl")
@@ -140,6 +178,45 @@ class RunFolder:
             folder = cls(path, content, events=events)
             _point_latest(root, path)
         return folder
+
+    @classmethod
+    def reopen(
+        cls, path: Path, settings: Settings, session: Mapping[str, JsonValue], *, sizes: Mapping[str, int] | None
+    ) -> RunFolder:
+        """Go on in a run's folder.
+
+        Args:
+            session: what run.json says of this session.
+            sizes: bytes to keep of metrics.jsonl and episodes.jsonl; None keeps all whole lines.
+
+        Raises:
+            StartError: no run folder, not writable, or another process writes there.
+        """
+        run = read_run(path)
+        run["sessions"] = [*run.get("sessions", []), {**session, "started_utc": _utc(utc_seconds())}]
+        run.pop("summary", None)
+        run.pop("finished_utc", None)
+        events = EventWriter(path / "tensorboard") if settings.run.tensorboard else None
+        with disk_errors(path, StartError):
+            folder = cls(path, run, events=events)
+            for appender in (folder._metrics, folder._episodes):
+                whole = appender.path.read_bytes().rfind(b"\n") + 1
+                appender.cut(whole if sizes is None else sizes[appender.path.name])
+            folder._spans.cut(folder._spans.size_bytes // SPAN.itemsize * SPAN.itemsize)
+            write_atomic(path / "settings.toml", to_toml(settings).encode())
+            write_atomic(path / "run.json", _pretty(run))
+            _point_latest(path.parent, path)
+        return folder
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of lines so far, for `reopen`."""
+        return {appender.path.name: appender.size_bytes for appender in (self._metrics, self._episodes)}
+
+    def episodes(self) -> list[EpisodeLine]:
+        """The episodes so far."""
+        decoder = msgspec.json.Decoder(EpisodeLine)
+        return [decoder.decode(line) for line in self._episodes.path.read_bytes().splitlines()]
 
     def metrics(self, *, experience_s: float, wall_s: float, steps: int, values: Mapping[str, JsonValue]) -> None:
         """Append a line of figures.
@@ -192,6 +269,7 @@ class RunFolder:
         """Close the files; the folder stays as it is."""
         for appender in (self._metrics, self._episodes, self._spans):
             appender.close()
+        os.close(self._lock)
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
@@ -217,6 +295,17 @@ class RunFolder:
         except SafetyStop:
             self.failed = True
             raise
+
+
+def _lock(path: Path) -> int:
+    """Hold the folder's lock; it falls with the process, however that ends."""
+    fd = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StartError(f"another relod writes to {path}", "end it first, or wait until it has ended") from None
+    return fd
 
 
 def _make_folder(root: Path, name: str) -> Path:

@@ -1,34 +1,24 @@
-"""One run from plan to summary: on the wall clock through a `RobotHost`, in virtual time in this process."""
+"""One run from plan to summary: its folder, what it goes on from, and the run on the wall clock."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Iterator, Mapping
 
-from ..errors import EXIT_OK, RelodError
-from ..robots.registry import load_attribute
-from ..robots.vision import make_shrink
-from ..seeds import random_stream
-from ..types import Frame
+from ..errors import RelodError, SettingsError, StartError
 from . import provenance
-from .clock import NS_PER_S, monotonic_ns
+from .checkpoint import Checkpoint, newest_readable
 from .curve import write_curve
-from .cycle import Cycle, Inputs, Tick
 from .host import ChildSpec, Result, RobotHost
-from .learner import LearnerSide
-from .plan import Plan
+from .learner import CHECKPOINTS, LearnerSide
+from .plan import Plan, Start
 from .progress import Progress
 from .rundir import RunFolder
 from .spans import SpanRing
-from .view import View, open_view, summary_line
-from .virtual import VirtualRun, World
+from .view import summary_line
 
-__all__ = ["announce", "new_spans", "open_folder", "run_virtual", "run_wall"]
-
-SHOW_EVERY = 16  # cycles between two looks at the view in virtual time: 10 ms at full speed
+__all__ = ["announce", "check_steps_left", "find_checkpoint", "finish", "new_spans", "open_folder", "run_wall"]
 
 
 def new_spans() -> SpanRing:
@@ -45,11 +35,39 @@ def announce(plan: Plan) -> None:
     )
 
 
+def find_checkpoint(plan: Plan) -> Checkpoint | None:
+    """What a resumed run's learner goes on from; None when the run is new, or ended before its first checkpoint.
+
+    Raises:
+        StartError: no checkpoint can be read, or the newest is of another run.
+    """
+    if plan.resume is None:
+        return None
+    checkpoint, path, problems = newest_readable(plan.resume.folder / CHECKPOINTS)
+    if checkpoint is None or path is None:
+        return None
+    for problem in problems:
+        print(f"relod: {problem}; going on with {path.name}", file=sys.stderr)
+    saved = checkpoint.counters["extra"].get("run", {})
+    for name, wanted in plan.identity.items():
+        if saved.get(name) != wanted:
+            raise StartError(
+                f"checkpoint {path} belongs to another run: its {name} is {saved.get(name)!r}, not {wanted!r}",
+                "remove it, or resume the run that it came from",
+            )
+    return checkpoint
+
+
 @contextlib.contextmanager
-def open_folder(plan: Plan, arguments: tuple[str, ...]) -> Iterator[RunFolder]:
-    """The run's folder, open for writing."""
+def open_folder(plan: Plan, arguments: tuple[str, ...], sizes: Mapping[str, int] | None = None) -> Iterator[RunFolder]:
+    """The run's folder, open for writing; `sizes` as for `RunFolder.reopen`."""
+    session = provenance.describe(["relod", *arguments])
+    if plan.resume is not None:
+        with RunFolder.reopen(plan.resume.folder, plan.settings, session, sizes=sizes) as folder:
+            yield folder
+        return
     content = {
-        **provenance.describe(["relod", *arguments]),
+        **session,
         "task": plan.task_name,
         "mode": plan.mode,
         "clock": plan.clock,
@@ -59,6 +77,8 @@ def open_folder(plan: Plan, arguments: tuple[str, ...]) -> Iterator[RunFolder]:
         "preset_reason": plan.preset_reason,
         "simulated": plan.simulated,
         "device": plan.device_text,
+        "robot": plan.robot,
+        "camera": plan.camera,
         "world": plan.world,
     }
     name = f"{plan.task_name}-{plan.mode}-s{plan.settings.run.seed}"
@@ -66,18 +86,58 @@ def open_folder(plan: Plan, arguments: tuple[str, ...]) -> Iterator[RunFolder]:
         yield folder
 
 
-def run_wall(plan: Plan, folder: RunFolder, learner: LearnerSide, spans: SpanRing) -> Result:
+def run_wall(
+    plan: Plan, folder: RunFolder, learner: LearnerSide, spans: SpanRing, checkpoint: Checkpoint | None
+) -> Result:
     """Run on the wall clock with an update worker on this host."""
     record_to = folder.path / "policies" if plan.settings.run.record else None
+    progress = Progress(plan, folder)
+    start = _resume(plan, folder, learner, progress, checkpoint) if plan.resume is not None else Start()
     host = RobotHost(
         plan=plan,
         folder=folder,
-        build_actor=learner.actor(record_to),
+        build_actor=learner.actor(start, record_to),
         sink=learner,
         children=[ChildSpec(name="worker", target="relod.runtime.worker:run_worker_process", job=learner.worker_job)],
         spans=spans,
+        start=start,
+        progress=progress,
     )
     return finish(folder, host.run(), host.progress)
+
+
+def _resume(
+    plan: Plan, folder: RunFolder, learner: LearnerSide, progress: Progress, checkpoint: Checkpoint | None
+) -> Start:
+    """Fill the replay from the log and go on with the books: the log is the record, the folder's lines follow it."""
+    assert plan.resume is not None
+    steps = learner.experience.log.env_steps
+    check_steps_left(plan, steps)
+    ends = learner.restore(checkpoint)
+    lines = folder.episodes()
+    progress.restore(lines, steps, lines[-1].wall_s if lines else 0.0)
+    known = lines[-1].episode if lines else -1
+    for end in ends:  # the log had it, the folder not yet
+        if end.episode > known:
+            progress.add(end)
+    newest = learner.experience.newest_frame_id
+    next_episode = max([known, *(end.episode for end in ends), learner.experience.newest_episode]) + 1
+    learned = "the learner begins anew: it had no checkpoint yet"
+    if checkpoint is not None:
+        learned = f"its learner at update {checkpoint.counters['updates']}"
+    print(
+        f"relod: going on with {folder.path} at step {steps}, {len(progress.lengths)} episodes done; {learned}",
+        file=sys.stderr,
+    )
+    return Start(step=steps, episode=next_episode, frame_id=newest, session=plan.resume.session)
+
+
+def check_steps_left(plan: Plan, steps: int) -> None:
+    """`SettingsError` when a resumed run has all its steps."""
+    if plan.max_steps and steps >= plan.max_steps:
+        raise SettingsError(
+            f"the run has {steps} of {plan.max_steps} steps already", "give more: --steps counts from its beginning"
+        )
 
 
 def finish(folder: RunFolder, result: Result, progress: Progress) -> Result:
@@ -93,119 +153,3 @@ def finish(folder: RunFolder, result: Result, progress: Progress) -> Result:
         print(f"relod: {write_curve(folder.path, folder.path.name)}", file=sys.stderr)
     print(f"relod: run folder {folder.path}", file=sys.stderr)
     return result
-
-
-def run_virtual(plan: Plan, folder: RunFolder, learner: LearnerSide) -> Result:
-    """Run in virtual time: plant, camera, task, agent and updates in this process, one after the other."""
-    run = _VirtualSession(plan, folder, learner)
-    return finish(folder, run.run(), run.progress)
-
-
-class _Signalled(BaseException):
-    """Ctrl-C or SIGTERM came."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Within the block SIGINT and SIGTERM raise `_Signalled`."""
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        raise _Signalled(number)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _VirtualSession:
-    """What the processes of a wall-clock run do, in the slack of the virtual driver."""
-
-    def __init__(self, plan: Plan, folder: RunFolder, learner: LearnerSide) -> None:
-        spec, settings = plan.task.spec, plan.settings
-        self.progress = Progress(plan, folder)
-        self._plan, self._learner = plan, learner
-        self._host = learner.actor()()
-        world: World = load_attribute(plan.entry.world, "the simulated world")(
-            settings.sim, settings.run.seed, spec, NS_PER_S
-        )
-        self._cycle = Cycle(
-            task=plan.task,
-            actor=self._host.actor,
-            safety=settings.safety,
-            rng=random_stream(settings.run.seed, "reset"),
-            shrink=make_shrink(spec.image_hw),
-            max_steps=plan.max_steps,
-        )
-        self._driver = VirtualRun(
-            cycle=self._cycle,
-            world=world,
-            spec=spec,
-            sensor_names=plan.entry.sensor_names,
-            on_frames=self._on_frames,
-            on_tick=self._on_tick,
-        )
-        self._loop = learner.inline(self._driver.clock)
-        self._saved_ns = monotonic_ns()
-
-    def run(self) -> Result:
-        """All cycles; Ctrl-C ends the run in order."""
-        code, error = EXIT_OK, None
-        with open_view() as view, _signals_raise():
-            try:
-                for count, _ in enumerate(self._driver.ticks()):
-                    if count % SHOW_EVERY == 0:
-                        self._show(view)
-            except _Signalled as signalled:
-                code = 128 + signalled.number
-                self._take(self._cycle.interrupt("interrupted"))
-            except RelodError as caught:
-                code, error = caught.exit_code, caught
-                self._take(self._cycle.interrupt("safety stop"))
-        self.progress.report("device", {"stopped_cleanly": 1.0})  # a plant that nobody advances stands
-        self._learned()
-        self._learner.save(self._loop)
-        self.progress.write_metrics(None)
-        summary = self.progress.summary(None) | {"exit_code": code, "error": str(error) if error else ""}
-        return Result(summary=summary, exit_code=code, error=error)
-
-    def _on_frames(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            self._learner.add_frame(frame)
-        self.progress.frame(frames[-1])
-
-    def _on_tick(self, now_ns: int, inputs: Inputs, tick: Tick) -> None:
-        self._take(tick)
-        self._loop.run_updates()
-        self._host.poll()
-
-    def _take(self, tick: Tick) -> None:
-        for message in (tick.step, tick.end):
-            if message is not None:
-                self._learner.add(message)
-                self.progress.add(message)
-        if tick.end is not None:
-            self._learned()
-            self.progress.write_metrics(None)
-            if monotonic_ns() - self._saved_ns > self._plan.settings.learner.checkpoint_every_s * NS_PER_S:
-                self._saved_ns = monotonic_ns()
-                self._learner.save(self._loop)
-
-    def _show(self, view: View) -> None:
-        state = self.progress.state
-        state.phase = self._cycle.phase.value
-        state.elapsed_s = self.progress.wall_s
-        view.show(state, monotonic_ns())
-
-    def _learned(self) -> None:
-        loop = self._loop
-        values: dict[str, float | str] = {"updates": float(loop.updates), "replay_steps": float(len(loop.sampler))}
-        if loop.updates:
-            values |= {f"metric.{name}": value for name, value in loop.learner.metrics().items()}
-        self.progress.learned(values)
-        self.progress.report("control", {"rejected": float(self._cycle.rejected)})

@@ -126,6 +126,10 @@ class Ring:
                 self._generation = max(self._generation, int(record["generation"]))
         self._generation += 1
 
+    def begin_after(self, seq: int) -> None:
+        """Let the first record be `seq + 1`; only before anyone else has the ring."""
+        self._write(0, seq, None)
+
     def publish(self, record: npt.NDArray[Any] | tuple[Any, ...]) -> int:
         """Write the next record and wake the readers; returns its sequence number."""
         seq = self._newest_seq + 1
@@ -233,12 +237,14 @@ class FrameRing:
     """The newest camera frames: pixels in one block, their headers in a ring.
 
     The header of the slot to be reused is made unreadable before its pixels change, and a reader looks at the
-    header again after copying, so that no torn image is ever returned. At 30 Hz, 64 slots hold 2.1 s.
+    header again after copying, so that no torn image is ever returned. At 30 Hz, 64 slots hold 2.1 s. The first
+    frame's id is `last_id + 1`, so that a run that goes on never gives one id to two frames.
     """
 
-    def __init__(self, height: int, width: int, capacity: int = 64) -> None:
+    def __init__(self, height: int, width: int, capacity: int = 64, *, last_id: int = 0) -> None:
         self.height, self.width, self.capacity = height, width, capacity
         self.ring = Ring("frames", [("captured_ns", "<i8"), ("arrived_ns", "<i8")], capacity)
+        self.ring.begin_after(last_id)
         self._memory = Memory("pixels", capacity * height * width * 3)
         self._bind()
 
@@ -262,7 +268,7 @@ class FrameRing:
 
     @property
     def newest_id(self) -> int:
-        """Id of the newest frame; 0 before the first."""
+        """Id of the newest frame; the one the ring began after, before the first."""
         return self.ring.newest_seq
 
     def get(self, frame_id: int) -> Frame | None:

@@ -1,8 +1,6 @@
-"""The update worker: owns the learner, samples the replay, publishes policies, writes checkpoints.
+"""The update worker: the process around the learner's loop. It publishes policies and writes checkpoints.
 
-`UpdateSchedule` and `LearnerLoop` know neither processes nor sockets; under virtual time the driver calls the loop
-inline, in the same process, and the run is deterministic. `run_worker` is the body of the process around them. It
-yields to everything else (SCHED_IDLE), talks to its parent over one socket pair, and ends when that closes.
+It yields to everything else (SCHED_IDLE), talks to its parent over one socket pair, and ends when that closes.
 """
 
 from __future__ import annotations
@@ -12,47 +10,30 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
-from ..algos.agent import Learner, Needs, find_algorithm, flatten_policy
+from ..algos.agent import Learner, find_algorithm
 from ..config import LearnerSettings, Section
 from ..errors import StartError
-from ..seeds import random_stream
 from ..types import TaskSpec
-from .channel import Channel, Ready
-from .clock import NS_PER_S, Clock, WallClock
+from .channel import Channel, Event, Ready
+from .checkpoint import Checkpoint, newest_readable, write_checkpoint
+from .clock import NS_PER_S, WallClock
 from .policy import PolicyBox, PolicyWriter
 from .replay import ReplaySampler, ReplayTable
-from .rundir import disk_errors, write_atomic
 from .spans import SpanRing, Stage
+from .updates import LearnerLoop
 
-__all__ = [
-    "Checkpoint",
-    "LearnerLoop",
-    "NewsSender",
-    "UpdateSchedule",
-    "WorkerJob",
-    "WorkerStatus",
-    "newest_checkpoint",
-    "read_checkpoint",
-    "run_worker",
-    "run_worker_process",
-    "write_checkpoint",
-]
+__all__ = ["NewsSender", "WorkerJob", "WorkerStatus", "run_worker", "run_worker_process"]
 
 STATUS_EVERY_S = 1.0
-CHECKPOINTS_KEPT = 2  # the newest, and the one before it in case the newest is found damaged
 PACKET_BYTES = 24 * 1024  # of news in one message; a whole number of records, far below a socket's buffer
 WAIT_MS = 1000  # longest sleep while the schedule allows no update; news and the parent's end wake it at once
 
@@ -70,137 +51,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     published: int  # update count of the newest published policy
     checkpoint_updates: int  # update count of the newest checkpoint; -1 before the first
     checkpoint_ns: int  # when that was written; 0 before the first
+    rollbacks: int  # times the learner went back because a value was not finite
     metrics: dict[str, float]
-
-
-class UpdateSchedule:
-    """A token bucket: `updates <= max_updates_per_step * (env_steps - init_steps)`. Pure."""
-
-    def __init__(self, max_updates_per_step: float, init_steps: int) -> None:
-        self._per_step = max_updates_per_step
-        self._init_steps = init_steps
-
-    def due(self, env_steps: int, updates: int) -> int:
-        """How many updates may be done now."""
-        earned = self._per_step * max(0, env_steps - self._init_steps)
-        return max(0, int(earned + 1e-9) - updates)
-
-
-class LearnerLoop:
-    """Updates as the schedule allows, and policies as the clock does. No I/O of its own, no waiting.
-
-    `publish` is called with the flat policy and its version, (epoch, update count).
-    """
-
-    def __init__(
-        self,
-        learner: Learner,
-        sampler: ReplaySampler,
-        needs: Needs,
-        *,
-        epoch: int,
-        seed: int,
-        publish: Callable[[np.ndarray, tuple[int, int]], object],
-        publish_every_s: float,
-        clock: Clock,
-    ) -> None:
-        self.learner = learner
-        self.sampler = sampler
-        self.updates = 0
-        self.published = -1  # update count of the newest published policy
-        self.rng = random_stream(seed, "replay.sample")
-        self._needs = needs
-        self._schedule = UpdateSchedule(needs.max_updates_per_step, needs.init_steps)
-        self._epoch = epoch
-        self._publish = publish
-        self._publish_every_ns = int(publish_every_s * NS_PER_S)
-        self._published_ns = 0
-        self._clock = clock
-
-    def due(self) -> int:
-        """Updates that may be done now; none while the replay is empty."""
-        return self._schedule.due(self.sampler.env_steps, self.updates) if len(self.sampler) else 0
-
-    def run_updates(self, limit: int | None = None) -> int:
-        """Do the updates that are due, at most `limit`, publishing on the way; returns how many were done."""
-        count = self.due() if limit is None else min(limit, self.due())
-        for _ in range(count):
-            self.update()
-        return count
-
-    def update(self) -> None:
-        """One update, and a policy if it is time for one."""
-        needs = self._needs
-        batch = self.sampler.sample(
-            needs.batch_size, n_step=needs.n_step, gamma=needs.gamma, window=needs.window, rng=self.rng
-        )
-        self.learner.update(batch)
-        self.updates += 1
-        now_ns = self._clock.now_ns()
-        if self.published < 0 or now_ns - self._published_ns >= self._publish_every_ns:
-            self.publish_policy()
-
-    def publish_policy(self) -> None:
-        """Publish the policy as it stands, if it changed since the last time."""
-        if self.published != self.updates:
-            self._publish(flatten_policy(self.learner.policy()), (self._epoch, self.updates))
-            self.published, self._published_ns = self.updates, self._clock.now_ns()
-
-    def checkpoint(self) -> Checkpoint:
-        """Everything needed to go on from here: learner, counts, random state."""
-        counters = {
-            "updates": self.updates,
-            "env_steps": self.sampler.env_steps,
-            "epoch": self._epoch,
-            "rng": self.rng.bit_generator.state,
-        }
-        return Checkpoint(tensors=self.learner.state(), counters=counters)
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`; `SettingsError` when it belongs to other settings."""
-        self.learner.load_state(checkpoint.tensors)
-        self.updates = checkpoint.counters["updates"]
-        self.rng.bit_generator.state = checkpoint.counters["rng"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """Tensors by name, and plain counters: updates, env_steps, epoch, rng."""
-
-    tensors: dict[str, Tensor]
-    counters: dict[str, Any]
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `learner-UPDATES.safetensors`; complete or not there at all. Older ones but one are deleted.
-
-    Raises:
-        SafetyStop: the disk is full or cannot be written.
-    """
-    counters = msgspec.json.encode(checkpoint.counters).decode()
-    path = folder / f"learner-{checkpoint.counters['updates']:09d}.safetensors"
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(checkpoint.tensors, {"counters": counters}))
-        for old in sorted(folder.glob("learner-*.safetensors"))[:-CHECKPOINTS_KEPT]:
-            old.unlink()
-    return path
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in `folder`, or None."""
-    return max(folder.glob("learner-*.safetensors"), default=None)
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; `StartError` when it is missing or damaged. Nothing in it is executed."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            counters = msgspec.json.decode((file.metadata() or {})["counters"])
-    except Exception as error:  # safetensors raises its own kinds, OSError, KeyError, RuntimeError
-        raise StartError(f"checkpoint {path}: {error}", "give the path of a learner-*.safetensors file") from error
-    return Checkpoint(tensors=tensors, counters=counters)
 
 
 class NewsSender:
@@ -244,38 +96,68 @@ class WorkerJob:
     replay: ReplayTable
     box: PolicyBox
     link: socket.socket
-    checkpoints: Path
-    resume: Path | None = None
+    checkpoints: Path  # folder to write to, and to go on from where it holds one
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the caller's own, for every checkpoint
     spans: SpanRing | None = None  # with a row for the writer "worker"
 
 
 def run_worker_process(channel: Channel, job: WorkerJob) -> None:
     """Body of the worker process under a supervisor."""
     channel.send(Ready())
-    run_worker(job)
+    run_worker(job, lambda text: channel.send(Event(text)))
 
 
-def run_worker(job: WorkerJob) -> None:
-    """Body of the worker process; returns after the last checkpoint when the link ends or on SIGTERM."""
+def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None) -> None:
+    """Body of the worker process; returns after the last checkpoint when the link ends or on SIGTERM.
+
+    `say` is called with what a person should read.
+
+    Raises:
+        StartError: no such torch device, or no checkpoint can be read.
+        SettingsError: the checkpoint belongs to other settings.
+        SafetyStop: the disk is full, or learning diverged a second time.
+    """
     stop = _catch_signals()
     _yield_to_others()
     device = _choose_device(job.settings.device)
     torch.set_num_threads(job.settings.threads or os.cpu_count() or 1)
     algorithm = find_algorithm(job.algorithm)
+
+    def build() -> Learner:
+        return algorithm.build_learner(job.spec, job.agent, seed=job.seed, device=device)
+
     loop = LearnerLoop(
-        algorithm.build_learner(job.spec, job.agent, seed=job.seed, device=device),
+        build(),
         ReplaySampler(job.replay),
         algorithm.needs(job.spec, job.agent),
-        epoch=job.epoch,
+        epoch=_next_epoch(job),
         seed=job.seed,
         publish=PolicyWriter(job.box).publish,
         publish_every_s=job.settings.publish_every_s,
         clock=WallClock(),
+        update_every_steps=job.settings.update_every_steps,
+        max_updates_per_s=job.settings.max_updates_per_s,
+        recover=lambda: (build(), _find_checkpoint(job, say)),
+        say=say,
     )
-    if job.resume is not None:
-        loop.resume(read_checkpoint(job.resume))
-        loop.publish_policy()
+    checkpoint = _find_checkpoint(job, say)
+    if checkpoint is not None:
+        loop.resume(checkpoint)
     _Worker(job, loop).run(stop)
+
+
+def _next_epoch(job: WorkerJob) -> int:
+    """Above every epoch in the policy box: a worker before this one may have gone back, and so raised it, unheard."""
+    latest = job.box.latest.newest()
+    return job.epoch if latest is None else max(job.epoch, int(latest[1]["epoch"]) + 1)
+
+
+def _find_checkpoint(job: WorkerJob, say: Callable[[str], object]) -> Checkpoint | None:
+    """The newest one of the run that can be read; None when there is none."""
+    checkpoint, path, problems = newest_readable(job.checkpoints)
+    for problem in problems:
+        say(f"{problem}; going on from {path} instead")
+    return checkpoint
 
 
 class _Worker:
@@ -298,7 +180,7 @@ class _Worker:
         while not stop() and self._drain():
             start_ns = self._clock.now_ns()
             if self._loop.run_updates(limit=1) == 0:
-                self._news.poll(WAIT_MS)
+                self._news.poll(self._loop.idle_ms(WAIT_MS))
                 now_ns = self._clock.now_ns()
             else:
                 now_ns = self._clock.now_ns()
@@ -328,22 +210,24 @@ class _Worker:
     def _write_checkpoint(self) -> None:
         self._checkpoint_ns = self._clock.now_ns()
         if self._loop.updates != self._checkpoint_updates:
-            write_checkpoint(self._job.checkpoints, self._loop.checkpoint())
+            write_checkpoint(self._job.checkpoints, self._loop.checkpoint(self._job.extra))
             self._checkpoint_updates, self._written_ns = self._loop.updates, self._clock.now_ns()
 
     def _send_status(self, now_ns: int) -> None:
         loop = self._loop
+        metrics = loop.metrics()  # before the counts: it may go back
         elapsed_s = max(now_ns - self._status_ns, 1) / NS_PER_S
         status = WorkerStatus(
-            epoch=self._job.epoch,
+            epoch=loop.epoch,
             updates=loop.updates,
-            updates_per_s=(loop.updates - self._status_updates) / elapsed_s,
+            updates_per_s=max(0, loop.updates - self._status_updates) / elapsed_s,
             env_steps=loop.sampler.env_steps,
             replay_steps=len(loop.sampler),
             published=loop.published,
             checkpoint_updates=self._checkpoint_updates,
             checkpoint_ns=self._written_ns,
-            metrics=dict(loop.learner.metrics()),
+            rollbacks=loop.rollbacks,
+            metrics=metrics,
         )
         self._status_ns, self._status_updates = now_ns, loop.updates
         try:

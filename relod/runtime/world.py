@@ -13,9 +13,9 @@ from pathlib import Path
 import uvloop
 
 from ..config import Section
+from ..loading import load_attribute
 from ..types import TaskSpec
 from .channel import Channel, Ready
-from .processes import load_attribute
 
 __all__ = ["NEW_EPISODE", "WorldJob", "run_world"]
 
@@ -53,7 +53,7 @@ async def _run(channel: Channel, job: WorldJob) -> None:
     finished = asyncio.create_task(until_finished(), name="finished")
     frames = job.folder / "frames.sock"
     try:
-        await load_attribute(job.serve)(
+        await load_attribute(job.serve, "the simulated world")(
             job.settings,
             job.seed,
             job.spec,

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relod.algos.augment import gather_windows
-from relod.algos.batch import centre_window, copy_window, crop_window, shift_window
-
-PIXEL = np.dtype("V3")
+from relod.algos.batch import PIXEL, centre_window, copy_stacks, copy_window, crop_window, shift_window
 
 
 def window_of(stack: np.ndarray, corner: tuple[int, int], out_hw: tuple[int, int]) -> np.ndarray:
@@ -78,3 +76,22 @@ def test_every_frame_of_a_stack_is_cut_at_the_same_place():
     out = window_of(np.repeat(frame, 3, 0), (1, -2), (6, 8))
     assert np.array_equal(out[0], out[1])
     assert np.array_equal(out[0], out[2])
+
+
+@given(
+    stacks=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4),
+    in_a_row=st.booleans(),
+    pad=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
+def test_stacks_are_copied_frame_by_frame_wherever_their_frames_lie(stacks, in_a_row, pad, seed):
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 256, (12, 6, 8, 3), np.uint8)
+    numbers = np.array([range(stack[0], stack[0] + 3) for stack in stacks] if in_a_row else stacks)
+    corners = shift_window((6, 8), pad).offsets(rng, len(numbers))
+    out = np.zeros((*numbers.shape, 6, 8, 3), np.uint8)
+    copy_stacks(frames.view(PIXEL)[..., 0], numbers, corners, out.view(PIXEL)[..., 0])
+    for stack, corner, copied in zip(numbers, corners.tolist(), out, strict=True):
+        assert np.array_equal(copied, padded_reference(frames[stack], corner, (6, 8)))
+    copy_stacks(frames.view(PIXEL)[..., 0], numbers, None, out.view(PIXEL)[..., 0])
+    assert np.array_equal(out, frames[numbers])

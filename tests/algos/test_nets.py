@@ -69,8 +69,9 @@ def test_both_first_layers_are_conv2d_over_stacked_channels():
     weight, bias = torch.randn(4, 9, 3, 3) * 0.01, torch.randn(4)
     stacked = images.permute(0, 1, 4, 2, 3).reshape(2, 9, 9, 11)
     expected = functional.conv2d(stacked, weight, bias, 2)
-    assert torch.allclose(channel_convolution(images, weight, bias, 2), expected, atol=1e-3)
-    assert torch.allclose(stack_convolution(images, weight, bias, 2), expected, atol=1e-3)
+    for convolution in (channel_convolution, stack_convolution):
+        assert torch.allclose(convolution(images, weight, bias, 2, rectify=False), expected, atol=1e-3)
+        assert torch.allclose(convolution(images, weight, bias, 2, rectify=True), expected.relu(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("centred", "offset"), [(True, 0.5), (False, 0.0)])
@@ -79,7 +80,7 @@ def test_encoder_scales_pixels_inside_its_first_layer(centred, offset):
     encoder = Encoder(frames=2, image_hw=(20, 24), channels=4, strides=(2, 1), centred=centred, init="orthogonal")
     images = torch.randint(0, 256, (3, 2, 20, 24, 3), dtype=torch.uint8)
     pixels = images.permute(0, 1, 4, 2, 3).reshape(3, 6, 20, 24) / 255 - offset
-    features = encoder.rest(encoder.first(pixels))
+    features = encoder.rest[0](torch.relu(encoder.first(pixels)))
     assert torch.allclose(encoder(images), soft_argmax(features, coordinate_grid(encoder.feature_hw)), atol=1e-5)
     assert encoder(images).shape == (3, 8)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from relod.algos.agent import find_algorithm, flatten_policy
-from relod.algos.batch import Batch
+from relod.algos.augment import gather_windows
+from relod.algos.batch import Batch, shift_window
 from relod.algos.sac import SAC, SacSettings
 from relod.config import load
 from relod.errors import SettingsError
@@ -164,6 +165,54 @@ def test_same_seed_same_updates_and_another_seed_another_network(device):
     assert not np.allclose(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_whole_frames_and_corners_are_the_same_update_as_windows(device):
+    rng = np.random.default_rng(0)
+    corners = shift_window((20, 24), 3).offsets(rng, 4)
+    whole = make_batch(corners=corners)
+    images, next_images = (
+        gather_windows(torch.from_numpy(frames), torch.from_numpy(corners), (20, 24)).numpy()
+        for frames in (whole.images, whole.next_images)
+    )
+    assert not np.array_equal(images, whole.images)
+    losses = []
+    for batch in (whole, make_batch(images=images, next_images=next_images)):
+        learner = SAC.build_learner(make_spec(), make_settings(shift_px=3), seed=0, device=torch.device(device))
+        learner.update(batch)
+        losses.append(learner.metrics())
+    assert losses[0] == pytest.approx(losses[1], rel=0 if device == "cpu" else 1e-3)
+
+
+def test_a_crop_is_cut_to_the_size_that_the_encoder_was_made_for():
+    learner = SAC.build_learner(make_spec((100, 100)), make_settings(augment="crop"), seed=0, device=CPU)
+    learner.update(make_batch(hw=(100, 100), corners=np.array([[0, 0], [1, 1], [0, 1], [1, 0]])))
+    assert math.isfinite(learner.metrics()["critic_loss"])
+    assert learner._kept_pixels.shape == (4, 3, 98, 98, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_the_batch_is_fenced_until_it_was_copied():
+    learner = SAC.build_learner(make_spec(), make_settings(), seed=0, device=torch.device("cuda"))
+    batch = make_batch()
+    learner.update(batch)
+    assert batch.fence.raised
+    batch.fence.wait()
+    assert not batch.fence.raised
+
+
+def test_an_update_reads_nothing_back(monkeypatch):
+    learner = make_learner(grad_clip=0.001)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a value was read during an update")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__float__", "__bool__", "numpy"):
+            patch.setattr(torch.Tensor, name, refuse)
+        learner.update(make_batch())
+    assert learner.metrics()["critic_loss"] > 0
+
+
 def test_a_loaded_state_goes_on_as_if_never_interrupted():
     straight, first, second = make_learner(), make_learner(), make_learner(seed=9)
     for number in range(6):
@@ -213,5 +262,5 @@ def test_the_paper_preset_has_the_papers_sizes():
 
 def test_the_algorithm_is_found_by_name():
     assert find_algorithm("relod.algos.sac:SAC") is SAC
-    with pytest.raises(SettingsError, match="no algorithm"):
+    with pytest.raises(SettingsError, match="TD3"):
         find_algorithm("relod.algos.sac:TD3")

@@ -57,29 +57,6 @@ def test_a_name_like_no_other_gets_the_list():
         registry.algorithm("xyz123")
 
 
-@pytest.mark.parametrize("path", ["no_colon", "module:", ":attribute", "a b:c", "module:a.b", "a..b:c", "../x:y"])
-def test_bad_form(path):
-    with pytest.raises(SettingsError, match=r"task 'x': .* is not of the form module:attribute"):
-        registry.load_attribute(path, "task 'x'")
-
-
-def test_no_module():
-    with pytest.raises(SettingsError, match=r"there is no module 'relod\.nowhere'"):
-        registry.load_attribute("relod.nowhere.deeper:X", "task 'x'")
-
-
-def test_no_attribute_suggests_one():
-    with pytest.raises(SettingsError, match=r"has no attribute 'TASK'; did you mean relod\.robots\.registry:TASKS\?"):
-        registry.load_attribute("relod.robots.registry:TASK", "task 'x'")
-
-
-def test_a_module_that_needs_something_missing_names_that(tmp_path, monkeypatch):
-    (tmp_path / "needy_task.py").write_text("import a_missing_sdk\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SettingsError, match="needy_task needs the module 'a_missing_sdk'"):
-        registry.load_attribute("needy_task:ENTRY", "task 'needy'")
-
-
 def test_a_task_that_is_no_entry_is_refused():
     with pytest.raises(SettingsError, match="TaskEntry"):
         registry.task("relod.robots.registry:TASKS")

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from relod.runtime.curve import read_episodes, running_mean, write_curve
+from relod.runtime.curve import bootstrap_interval, read_episodes, running_mean, write_curve
 
 LINE = '{"experience_s": %g, "wall_s": 1, "steps": 2, "episode": 0, "return": %g, "reason": "%s", "length": 5}\n'
 
@@ -13,6 +13,27 @@ LINE = '{"experience_s": %g, "wall_s": 1, "steps": 2, "episode": 0, "return": %g
 def test_a_running_mean_looks_back_only():
     assert running_mean(np.array([1.0, 2.0, 3.0, 4.0]), 2).tolist() == [1.0, 1.5, 2.5, 3.5]
     assert running_mean(np.zeros(0), 2).tolist() == []
+
+
+def test_the_interval_of_the_mean_is_about_two_standard_errors():
+    rows = np.arange(10.0)[:, None]
+    (low,), (high,) = bootstrap_interval(rows)
+    assert low == pytest.approx(4.5 - 1.78, abs=0.15)
+    assert high == pytest.approx(4.5 + 1.78, abs=0.15)
+    assert bootstrap_interval(rows) == (low, high)
+
+
+def test_rows_are_drawn_whole():
+    rows = np.stack([np.arange(5.0), -np.arange(5.0)], axis=1)
+    low, high = bootstrap_interval(rows)
+    assert low[0] == pytest.approx(-high[1])
+    assert high[0] == pytest.approx(-low[1])
+
+
+def test_the_interval_of_equal_rows_is_a_point():
+    low, high = bootstrap_interval(np.array([[3.0, 4.0]] * 3))
+    assert low == pytest.approx([3.0, 4.0])
+    assert high == pytest.approx([3.0, 4.0])
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):

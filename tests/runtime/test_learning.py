@@ -12,7 +12,7 @@ from relod.algos.agent import FixedPolicy, TorchActor
 from relod.algos.sac import SAC, SacSettings
 from relod.runtime.clock import VirtualClock
 from relod.runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
-from relod.runtime.worker import LearnerLoop
+from relod.runtime.updates import LearnerLoop
 from relod.seeds import random_stream
 from relod.types import EpisodeEnd, Image, Observation, Step, TaskSpec
 

@@ -17,7 +17,7 @@ import pytest
 from relod.errors import EXIT_BUG, EXIT_SAFETY, RelodError, SafetyStop, StartError
 from relod.runtime.channel import Channel, Event, Finish, Ready, Report, Tell, readable
 from relod.runtime.clock import NS_PER_S, monotonic_ns
-from relod.runtime.processes import Child, Supervisor, load_attribute
+from relod.runtime.processes import Child, Supervisor
 
 # -- channel -----------------------------------------------------------------------------------------------------------
 
@@ -90,10 +90,6 @@ def test_a_channel_only_travels_into_a_process_that_is_being_spawned(ends):
     with pytest.raises((RuntimeError, TypeError, pickle.PicklingError)):
         pickle.dumps(ends[0])
     assert ForkingPickler.dumps(ends[1]) is not None
-
-
-def test_load_attribute_imports_by_name():
-    assert load_attribute("relod.runtime.channel:Channel") is Channel
 
 
 def test_two_may_wait_for_one_end(ends):

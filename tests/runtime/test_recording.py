@@ -26,7 +26,7 @@ from relod.runtime.cycle import Cycle, Inputs, Tick
 from relod.runtime.learner import LearnerSide
 from relod.runtime.messages import CycleRecord, decode, encode
 from relod.runtime.modes import resolve
-from relod.runtime.plan import steps_limit
+from relod.runtime.plan import Start, steps_limit
 from relod.runtime.recording import Recorder, replay_run
 from relod.runtime.session import open_folder
 from relod.runtime.virtual import VirtualRun
@@ -44,7 +44,7 @@ def record(folder: Path, *assignments: str, stop_after: int | None = None) -> Pa
     spec, settings = plan.task.spec, plan.settings
     with open_folder(plan, ()) as run_folder:
         learner = LearnerSide(plan, run_folder.path, None)
-        host = learner.actor(run_folder.path / "policies")()
+        host = learner.actor(Start(), run_folder.path / "policies")()
         cycle = Cycle(
             task=plan.task,
             actor=host.actor,

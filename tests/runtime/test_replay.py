@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relod.algos.batch import centre_window, shift_window
+from relod.algos.augment import gather_windows
+from relod.algos.batch import Batch, Window, centre_window, shift_window
+from relod.runtime import sampler
 from relod.runtime.replay import ReplayLayout, ReplayNews, ReplaySampler, ReplayTable, ReplayWriter
-from relod.types import EpisodeEnd, Step
+from relod.types import EpisodeEnd, Step, TaskSpec
 
 HW = (2, 3)
 GAMMA = 0.5  # sums of powers of two are exact
+CREATE = TaskSpec(
+    name="create",
+    robot="none",
+    cycle_ns=45_000_000,
+    frames=3,
+    camera_hw=(120, 160),
+    camera_fps=30.0,
+    image_hw=(120, 160),
+    proprio_names=tuple(f"p{i}" for i in range(8)),
+    action_names=("left", "right"),
+    max_steps=1000,
+    sensor_window=1,
+)
 
 
 def picture(frame_id: int) -> np.ndarray:
@@ -329,6 +346,92 @@ def test_sampling_is_uniform_and_repeats_with_its_generator():
     _, counts = np.unique(draws[0][0][:, 2], return_counts=True)
     assert len(counts) == 41
     assert counts.min() > 120  # 195 expected, standard deviation 14
+
+
+@pytest.mark.parametrize("window", [centre_window(HW), shift_window(HW, 1)], ids=["whole", "shift"])
+def test_threads_and_staging_give_the_same_windows(window, monkeypatch):
+    monkeypatch.setattr(sampler, "PART_BYTES", 32)
+    bench = Bench(make_layout(capacity=64))
+    bench.step()
+    for number in range(60):
+        bench.step(new_frames=number % 3)
+    others = {"three threads": {"threads": 3}, "staged": {"staged": True}, "both": {"threads": 2, "staged": True}}
+    expected = draw(bench.sampler, window, seed=5)
+    for name, options in others.items():
+        other = ReplaySampler(bench.table, **options)
+        other.apply(bench.writer.reissue())
+        batch = draw(other, window, seed=5)
+        for kind in ("images", "next_images"):
+            images = getattr(batch, kind)
+            if "staged" in options:
+                frames, corners = torch.from_numpy(images), torch.from_numpy(batch.corners)
+                images = gather_windows(frames, corners, window.out_hw).numpy()
+            assert np.array_equal(images, getattr(expected, kind)), name
+        assert np.array_equal(batch.rewards, expected.rewards)
+        assert np.array_equal(batch.next_proprio, expected.next_proprio)
+
+
+def draw(sampler: ReplaySampler, window: Window, seed: int) -> Batch:
+    return sampler.sample(50, n_step=2, gamma=GAMMA, window=window, rng=np.random.default_rng(seed))
+
+
+def test_staged_batches_take_turns_and_wait_for_their_reader():
+    bench = Bench(make_layout(capacity=64))
+    for _ in range(20):
+        bench.step()
+    sampler = ReplaySampler(bench.table, staged=True)
+    sampler.apply(bench.writer.reissue())
+    first = draw(sampler, centre_window(HW), seed=1)
+    pictures = first.images.copy()
+    unfinished = Reader(lambda: np.array_equal(first.images, pictures))
+    first.fence.raise_until(unfinished)
+    second = draw(sampler, centre_window(HW), seed=2)
+    assert not np.shares_memory(first.images, second.images)
+    assert unfinished.waits == []
+    assert np.shares_memory(draw(sampler, centre_window(HW), seed=3).images, first.images)
+    assert unfinished.waits == [True]  # waited for once, before anything was written
+    assert not np.array_equal(first.images, pictures)
+    draw(sampler, centre_window(HW), seed=4)
+    draw(sampler, centre_window(HW), seed=5)
+    assert unfinished.waits == [True]
+
+
+def test_memory_of_another_size_is_given_up_only_when_its_reader_is_done():
+    bench = Bench(make_layout(capacity=64))
+    for _ in range(20):
+        bench.step()
+    batch = draw(bench.sampler, centre_window(HW), seed=1)
+    unfinished = Reader(lambda: True)
+    batch.fence.raise_until(unfinished)
+    bench.sampler.sample(7, n_step=1, gamma=GAMMA, window=centre_window(HW), rng=np.random.default_rng(0))
+    assert unfinished.waits == [True]
+
+
+class Reader:
+    """A device's copy that is done when it is waited for; notes what it saw then."""
+
+    def __init__(self, look: Callable[[], bool]) -> None:
+        self.waits: list[bool] = []
+        self._look = look
+
+    def synchronize(self) -> None:
+        self.waits.append(self._look())
+
+
+def test_a_step_of_the_create_takes_at_most_85_kilobytes():
+    for lookahead in (1, 3):
+        layout = ReplayLayout.for_task(CREATE, capacity=100_000, lookahead=lookahead)
+        assert layout.nbytes / layout.capacity <= 85_000
+    small = make_layout()
+    table = ReplayTable(small)
+    assert small.nbytes == table.frames.nbytes + table.rows.nbytes + table.generations.nbytes
+
+
+def test_a_camera_at_its_rate_fills_a_chunk_with_all_its_steps():
+    layout = ReplayLayout.for_task(CREATE, capacity=512, lookahead=3)
+    frames = math.ceil(layout.chunk_steps * CREATE.camera_fps * CREATE.cycle_ns / 1e9)
+    repeated = (layout.lookahead + 1) * CREATE.frames  # of the rows copied in, and the chunk's first stack
+    assert layout.slots >= frames + repeated
 
 
 def test_a_released_streams_chunk_can_be_evicted():

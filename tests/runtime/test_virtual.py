@@ -14,12 +14,13 @@ import torch
 from relod.robots.create2.world import VirtualCreate
 from relod.robots.simcamera import SimFrame
 from relod.runtime import session
+from relod.runtime.checkpoint import newest_readable
 from relod.runtime.clock import NS_PER_MS, NS_PER_S
 from relod.runtime.cycle import Inputs, Phase, Tick
 from relod.runtime.host import Result
-from relod.runtime.learner import LearnerSide
 from relod.runtime.modes import resolve
 from relod.runtime.virtual import WRITE_NS, VirtualRun
+from relod.runtime.virtualsession import run_virtual
 from relod.types import Command, Frame
 from tests.fakes import CYCLE_NS, FULL_SPEED, SENSORS, SPEC, STOP, Bench, small_request
 
@@ -132,13 +133,14 @@ class Ran:
     result: Result
     commands: list[tuple[int, tuple[float, ...], int]]
     captures_ns: list[int]
-    checkpoint: bytes
+    checkpoint: dict[str, bytes]
+    log: list[bytes]
     episodes: list[str]
 
     def repeats(self) -> tuple[object, ...]:
         keys = ("steps", "episodes", "returns", "lengths", "updates", "policy_version", "replay_steps")
         told = {key: self.result.summary[key] for key in keys}
-        return told, self.commands, self.captures_ns, self.checkpoint
+        return told, self.commands, self.captures_ns, self.checkpoint, self.log
 
 
 def run(folder: Path, *assignments: str, **fields: Any) -> Ran:
@@ -146,12 +148,13 @@ def run(folder: Path, *assignments: str, **fields: Any) -> Ran:
     plan = replace(plan, entry=replace(plan.entry, world=f"{__name__}:TracedCreate"))
     TracedCreate.commands.clear()
     TracedCreate.captures_ns.clear()
-    with session.open_folder(plan, ()) as run_folder:
-        result = session.run_virtual(plan, run_folder, LearnerSide(plan, run_folder.path, None))
+    result = run_virtual(plan, (), None)
     path = Path(result.summary["run_dir"])
-    (checkpoint,) = (path / "checkpoints").iterdir()
+    found = newest_readable(path / "checkpoints").checkpoint
+    checkpoint = {name: tensor.numpy().tobytes() for name, tensor in found.tensors.items()} if found else {}
+    log = [file.read_bytes() for file in sorted((path / "log").iterdir())]
     episodes = (path / "episodes.jsonl").read_text().splitlines()
-    return Ran(result, TracedCreate.commands[:], TracedCreate.captures_ns[:], checkpoint.read_bytes(), episodes)
+    return Ran(result, TracedCreate.commands[:], TracedCreate.captures_ns[:], checkpoint, log, episodes)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
-"""The update worker: its schedule, its loop under virtual time, its checkpoints, and the whole process."""
+"""The update worker's process: it learns, publishes, goes on after its death, goes back once, and ends in order."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import multiprocessing
 import os
 import select
@@ -11,204 +13,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from relod.algos.agent import flatten_policy, policy_size
-from relod.algos.sac import SAC, SacSettings
+from relod.algos.agent import policy_size
+from relod.algos.sac import SAC
 from relod.config import LearnerSettings
-from relod.errors import SettingsError, StartError
-from relod.runtime.clock import NS_PER_MS, NS_PER_S, VirtualClock, monotonic_ns
-from relod.runtime.policy import PolicyBox, PolicyReader
-from relod.runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
-from relod.runtime.worker import (
-    LearnerLoop,
-    NewsSender,
-    UpdateSchedule,
-    WorkerJob,
-    WorkerStatus,
-    newest_checkpoint,
-    read_checkpoint,
-    run_worker,
-    write_checkpoint,
-)
-from relod.types import Step, TaskSpec
-
-torch.set_num_threads(1)  # networks of this size are slower on two
-
-HW = (20, 24)
-SPEC = TaskSpec(
-    name="small",
-    robot="none",
-    cycle_ns=45_000_000,
-    frames=2,
-    camera_hw=HW,
-    camera_fps=20.0,
-    image_hw=HW,
-    proprio_names=("p",),
-    action_names=("a",),
-    max_steps=100,
-    sensor_window=1,
-)
-AGENT = SacSettings(
-    conv_channels=4,
-    conv_strides=(2, 1),
-    hidden=(16,),
-    shift_px=1,
-    batch_size=8,
-    init_steps=20,
-    max_updates_per_step=0.5,
-    actor_every=1,
-)
-
-
-def make_table() -> ReplayTable:
-    return ReplayTable(ReplayLayout.for_task(SPEC, capacity=512, lookahead=AGENT.n_step))
-
-
-def write_steps(writer: ReplayWriter, first: int, count: int) -> bytes:
-    rng = np.random.default_rng(first)
-    news = b""
-    for number in range(first, first + count):
-        step = Step(
-            episode=0,
-            index=number,
-            frame_ids=(number, number + 1),
-            proprio=rng.standard_normal(1).astype(np.float32),
-            action=rng.uniform(-1, 1, 1).astype(np.float32),
-            reward=-1.0,
-            terminated=False,
-            truncated=False,
-            extras=np.zeros(0, np.float32),
-            policy_version=(0, 0),
-            observed_ns=0,
-            acted_ns=0,
-        )
-        images = {frame: np.full((*HW, 3), frame % 256, np.uint8) for frame in step.frame_ids}
-        news += writer.append(step, images)
-    return news
-
-
-class Run:
-    """A loop under virtual time, with the policies it published."""
-
-    def __init__(self, seed: int = 0, epoch: int = 1) -> None:
-        table = make_table()
-        self.writer = ReplayWriter(table)
-        self.clock = VirtualClock()
-        self.published: list[tuple[int, int]] = []
-        self.loop = LearnerLoop(
-            SAC.build_learner(SPEC, AGENT, seed=seed, device=torch.device("cpu")),
-            ReplaySampler(table),
-            SAC.needs(SPEC, AGENT),
-            epoch=epoch,
-            seed=seed,
-            publish=lambda flat, version: self.published.append(version),
-            publish_every_s=1.0,
-            clock=self.clock,
-        )
-
-    def steps(self, count: int) -> int:
-        done = 0
-        for _ in range(count):
-            self.loop.sampler.apply(write_steps(self.writer, self.writer.env_steps, 1))
-            self.clock.advance_to(self.clock.now_ns() + SPEC.cycle_ns)
-            done += self.loop.run_updates()
-        return done
-
-    def weights(self) -> np.ndarray:
-        return flatten_policy(self.loop.learner.policy())
-
-
-@given(
-    cap=st.floats(0.01, 10), init_steps=st.integers(0, 100), env_steps=st.integers(0, 1000), updates=st.integers(0, 500)
-)
-def test_the_schedule_never_passes_its_cap_and_always_reaches_it(cap, init_steps, env_steps, updates):
-    schedule = UpdateSchedule(cap, init_steps)
-    due = schedule.due(env_steps, updates)
-    earned = cap * max(0, env_steps - init_steps)
-    assert due >= 0
-    assert due == 0 or updates + due <= earned + 1e-6
-    assert updates + due > earned - 1
-
-
-def test_updates_follow_the_steps_under_virtual_time():
-    run = Run()
-    assert run.steps(20) == 0
-    assert run.steps(40) == 20
-    assert run.loop.updates == 20
-
-
-def test_the_first_policy_comes_with_the_first_update_then_once_a_second():
-    run = Run()
-    run.steps(22)
-    assert run.published == [(1, 1)]
-    run.steps(50)  # 2.25 s, an update every second cycle: the first one after a second is 24 cycles later
-    assert run.published == [(1, 1), (1, 13), (1, 25)]
-    run.loop.publish_policy()
-    run.loop.publish_policy()
-    assert run.published[-1] == (1, run.loop.updates)
-    assert len(run.published) == len(set(run.published))
-
-
-def test_a_limit_on_updates_is_kept():
-    run = Run()
-    run.loop.sampler.apply(write_steps(run.writer, 0, 60))
-    assert run.loop.run_updates(limit=3) == 3
-    assert run.loop.due() == 17
-
-
-def test_same_seed_same_weights():
-    weights = []
-    for seed in (0, 0, 1):
-        run = Run(seed)
-        run.steps(40)
-        weights.append(run.weights())
-    assert np.array_equal(weights[0], weights[1])
-    assert not np.array_equal(weights[0], weights[2])
-
-
-def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path):
-    straight, first, second = Run(), Run(), Run(seed=5, epoch=2)
-    straight.steps(60)
-    first.steps(40)
-    write_checkpoint(tmp_path, first.loop.checkpoint())
-    second.loop.resume(read_checkpoint(newest_checkpoint(tmp_path)))
-    for _ in range(40):  # the replay is rebuilt from the experience log, without updates
-        second.loop.sampler.apply(write_steps(second.writer, second.writer.env_steps, 1))
-    assert second.loop.due() == 0
-    second.steps(20)
-    assert second.loop.updates == straight.loop.updates
-    assert np.array_equal(second.weights(), straight.weights())
-    assert second.published[0][0] == 2
-
-
-def test_checkpoints_are_whole_and_old_ones_go(tmp_path: Path):
-    run = Run()
-    assert newest_checkpoint(tmp_path) is None
-    for _ in range(4):
-        run.steps(30)
-        path = write_checkpoint(tmp_path, run.loop.checkpoint())
-        assert newest_checkpoint(tmp_path) == path
-    assert len(list(tmp_path.iterdir())) == 2
-    assert read_checkpoint(path).counters["env_steps"] == 120
-
-
-def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path):
-    run = Run()
-    run.steps(22)
-    path = write_checkpoint(tmp_path, run.loop.checkpoint())
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(StartError, match="checkpoint"):
-        read_checkpoint(path)
-    with pytest.raises(StartError, match="checkpoint"):
-        read_checkpoint(tmp_path / "nothing.safetensors")
-    path.write_bytes(data)
-    other = SAC.build_learner(SPEC, msgspec.structs.replace(AGENT, hidden=(8,)), seed=0, device=torch.device("cpu"))
-    with pytest.raises(SettingsError, match="another network"):
-        other.load_state(read_checkpoint(path).tensors)
+from relod.errors import EXIT_SAFETY, SafetyStop
+from relod.runtime.checkpoint import newest_readable, write_checkpoint
+from relod.runtime.clock import NS_PER_MS, NS_PER_S, monotonic_ns
+from relod.runtime.policy import PolicyBox, PolicyReader, PolicyWriter
+from relod.runtime.processes import Supervisor
+from relod.runtime.replay import ReplayTable, ReplayWriter
+from relod.runtime.worker import NewsSender, WorkerJob, WorkerStatus, run_worker
+from tests.runtime.smallrun import AGENT, SPEC, Run, make_table, write_steps
 
 
 def test_news_wait_for_a_busy_worker_and_arrive_in_order():
@@ -259,10 +75,9 @@ def test_a_worker_process_learns_publishes_and_goes_on_after_its_death(tmp_path:
     reader = PolicyReader(box, lambda flat: flat)
     writer = ReplayWriter(table)
     write_steps(writer, 0, 100)  # before the worker starts: all news come with the reissue
-    resume: Path | None = None
     for epoch in (1, 2):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        job = make_job(tmp_path, theirs, table, box, epoch=epoch, resume=resume)
+        job = make_job(tmp_path, theirs, table, box, epoch=epoch, extra={"epoch": epoch})
         process = context.Process(target=run_worker, args=(job,), daemon=True)
         process.start()
         theirs.close()
@@ -279,9 +94,62 @@ def test_a_worker_process_learns_publishes_and_goes_on_after_its_death(tmp_path:
         ours.close()  # the parent is gone
         process.join(20)
         assert process.exitcode == 0
-        resume = newest_checkpoint(tmp_path)
-        assert resume is not None
-        assert read_checkpoint(resume).counters["updates"] == status.updates
+        checkpoint = newest_readable(tmp_path).checkpoint
+        assert checkpoint is not None
+        assert checkpoint.counters["updates"] == status.updates
+        assert checkpoint.counters["extra"] == {"epoch": epoch}
         assert reader.poll()
         assert reader.version == (epoch, status.updates)
         assert np.isfinite(reader.module).all()
+
+
+@pytest.mark.slow
+def test_a_worker_that_diverges_goes_back_once_then_ends_the_run(tmp_path: Path):
+    """It finds the newest checkpoint damaged, and draws rewards that are not finite."""
+    earlier = Run()
+    for _ in range(2):
+        earlier.steps(40)
+        newest = write_checkpoint(tmp_path, earlier.loop.checkpoint())
+    newest.write_bytes(newest.read_bytes()[:-1])
+    table, box = make_table(), PolicyBox(policy_size(SAC.build_actor(SPEC, AGENT)))
+    PolicyWriter(box).publish(earlier.weights(), (5, 30))  # of a worker that died after it had gone back
+    reader = PolicyReader(box, lambda flat: flat)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    writer = ReplayWriter(table)
+    sender = NewsSender(ours)
+    sender.send(write_steps(writer, 0, 120, reward=math.nan))
+    events: list[str] = []
+    supervisor = Supervisor(
+        log_path=tmp_path / "children.log",
+        max_restarts=5,
+        on_event=lambda name, text: events.append(text),
+        on_report=lambda name, values: None,
+    )
+
+    async def scenario() -> None:
+        child = supervisor.start(
+            "worker",
+            "relod.runtime.worker:run_worker_process",
+            lambda: make_job(tmp_path, theirs, table, box),
+            restart=True,
+        )
+        async with supervisor.watching(), asyncio.timeout(50):
+            await supervisor.failed.wait()
+        assert child.starts == 1
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        supervisor.close()
+        ours.close()
+        theirs.close()
+    assert isinstance(supervisor.failure, SafetyStop)
+    assert supervisor.failure.exit_code == EXIT_SAFETY
+    assert "critic_loss is nan again at update" in supervisor.failure.message
+    assert events[0].endswith("learner-000000010.safetensors instead")
+    assert "critic_loss is nan at update" in events[-1]
+    assert events[-1].endswith("went back to the checkpoint of update 10")
+    assert reader.poll()
+    assert reader.version == (7, 10)  # above what the dead worker published, and once more for going back
+    assert np.isfinite(reader.module).all()
+    assert [path.name for path in tmp_path.glob("*.safetensors")].count("learner-000000010.safetensors") == 1

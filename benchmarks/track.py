@@ -1,0 +1,169 @@
+"""Does an agent learn the task `track` in minutes of real time, and what are its returns worth?
+
+Runs `relod robot --task track` as its user does, as a whole process, for some minutes of wall clock per seed, start
+included. Returns are compared with those of a scripted controller that knows where the disc is, in virtual time, and
+of random actions. Writes JSON with machine, versions and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relod.config import load
+from relod.robots.track.rig import LOW_MM
+from relod.robots.track.task import TRACK, Track
+from relod.robots.track.world import WORLDS, Scene, VirtualTrack
+from relod.robots.vision import make_shrink
+from relod.runtime.clock import NS_PER_S
+from relod.runtime.cycle import Cycle
+from relod.runtime.provenance import describe
+from relod.runtime.virtual import VirtualRun
+from relod.seeds import random_stream
+from relod.types import Action, FloatArray, Observation
+
+GAIN_PER_MM = 0.08  # action by distance left, and less of it the faster the rig already is
+DAMPING_PER_MM_S = 0.0024
+LAST_EPISODES = 10
+END_LIMIT_S = 60.0  # for a last checkpoint
+
+Controller = Callable[[Scene], FloatArray]
+
+
+class Scripted:
+    """An actor that knows where rig and disc are."""
+
+    def __init__(self, scene: Scene, controller: Controller) -> None:
+        self._scene, self._controller = scene, controller
+
+    def act(self, observation: Observation) -> Action:
+        return Action(values=self._controller(self._scene))
+
+
+def approach(scene: Scene) -> FloatArray:
+    """Straight to the disc's middle, as close as the rig goes."""
+    rig = scene.rig
+    left = np.array([*scene.disc_mm, LOW_MM[2]]) - rig.pose_at(rig.next_tick_ns)
+    wanted = GAIN_PER_MM * left - DAMPING_PER_MM_S * np.array(rig.speed_mm_s)
+    return np.clip(wanted, -1.0, 1.0).astype(np.float32)
+
+
+def random_actions(seed: int, hold: int) -> Controller:
+    """Uniform actions, each held for `hold` cycles."""
+    rng = np.random.default_rng(seed)
+    drawn: list[FloatArray] = []
+
+    def draw(scene: Scene) -> FloatArray:
+        if not drawn:
+            drawn.extend([rng.uniform(-1.0, 1.0, 3).astype(np.float32)] * hold)
+        return drawn.pop()
+
+    return draw
+
+
+def returns(controller: Controller, *, episodes: int, seed: int, world: str = "nominal") -> list[float]:
+    """Returns of a controller in virtual time."""
+    settings = load(TRACK.sections(), presets=[WORLDS[world]])
+    task = Track(settings.task)
+    virtual = VirtualTrack(settings.sim, seed, task.spec, NS_PER_S)
+    cycle = Cycle(
+        task=task,
+        actor=Scripted(virtual.scene, controller),
+        safety=settings.safety,
+        rng=random_stream(seed, "reset"),
+        shrink=make_shrink(task.spec.image_hw),
+        max_steps=episodes * task.spec.max_steps,
+    )
+    run = VirtualRun(
+        cycle=cycle,
+        world=virtual,
+        spec=task.spec,
+        sensor_names=TRACK.sensor_names,
+        on_frames=lambda frames: None,
+        on_tick=lambda now_ns, inputs, tick: None,
+    )
+    return [tick.end.return_ for tick in run.ticks() if tick.end is not None]
+
+
+def learn(seed: int, minutes: float, arguments: list[str]) -> dict[str, Any]:
+    """One run, ended by Ctrl-C after `minutes` of wall clock; its JSON document."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            str(Path(sys.executable).with_name("relod")),
+            *("robot", "--task", "track", "--json", "--seed", str(seed), "--set", f"run.folder={folder}"),
+            *arguments,
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        try:
+            try:
+                out, _ = process.communicate(timeout=minutes * 60)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                out, _ = process.communicate(timeout=END_LIMIT_S)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode not in (0, 128 + signal.SIGINT):
+        raise SystemExit(f"the run with seed {seed} ended with exit code {process.returncode}")
+    run: dict[str, Any] = json.loads(out)
+    return run
+
+
+def last_return(run: dict[str, Any]) -> float:
+    """Mean of the last whole episodes: ten of them, or five of fewer than twenty."""
+    whole = [r for r, length in zip(run["returns"], run["lengths"], strict=True) if length == max(run["lengths"])]
+    return statistics.mean(whole[-(LAST_EPISODES if len(whole) >= 2 * LAST_EPISODES else LAST_EPISODES // 2) :])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=3.0, help="of wall clock per run, start included")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, default=40, help="of each scripted controller")
+    parser.add_argument("--out", type=Path, default=Path("out/track.json"))
+    parser.add_argument("arguments", nargs="*", help="further arguments of `relod robot`, after --")
+    arguments = parser.parse_args()
+    samples = {
+        name: returns(controller, episodes=arguments.episodes, seed=100)
+        for name, controller in (
+            ("scripted", approach),
+            ("stand", lambda scene: np.zeros(3, np.float32)),
+            ("random", random_actions(1, hold=1)),
+            ("random_held_5", random_actions(1, hold=5)),
+            ("random_held_15", random_actions(1, hold=15)),
+        )
+    }
+    scripted = statistics.mean(samples["scripted"])
+    runs = [learn(seed, arguments.minutes, arguments.arguments) for seed in arguments.seeds]
+    learned = [last_return(run) for run in runs]
+    result = {
+        "benchmark": "track",
+        **describe(sys.argv),
+        **{name: statistics.mean(values) for name, values in samples.items()},
+        "last_return": learned,
+        "last_return_over_scripted": [value / scripted for value in learned],
+        "steps": [run["steps"] for run in runs],
+        "updates_per_step": [run["updates"] / max(run["steps"], 1) for run in runs],
+        "overruns_per_5000_cycles": [run["overruns"] * 5000 / max(run["cycles"], 1) for run in runs],
+        "lateness_p99_ms": [run["cycle_lateness_ms"]["p99"] for run in runs],
+        "act_p99_ms": [run["act_ms"]["p99"] for run in runs],
+        "samples": samples,
+        "runs": runs,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2))
+    print(json.dumps({key: value for key, value in result.items() if key not in ("samples", "runs")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Image codecs: the agent's images as bytes, raw or JPEG, and back.
+
+JPEG loses something: who encodes an image goes on with the pixels that the bytes decode to, so that actor, log and
+replay see the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol, TypeAlias, cast
+
+import numpy as np
+
+from ...robots.vision import cv2
+from ...types import Image
+
+__all__ = ["Codec", "make_codec"]
+
+DEFAULT_QUALITY = 90
+
+Bytes: TypeAlias = bytes | memoryview
+
+
+class Codec(Protocol):
+    """Images `(H, W, 3) uint8` BGR at the agent's size as bytes, and back."""
+
+    name: str
+
+    def encode(self, image: Image) -> bytes:
+        """The image as bytes; `ValueError` when it has another shape."""
+        ...
+
+    def decode(self, data: Bytes) -> Image:
+        """The image in `data`, perhaps a read-only view of it; `ValueError` when there is none of the right size."""
+        ...
+
+
+def make_codec(name: str, quality: int = DEFAULT_QUALITY, *, image_hw: tuple[int, int]) -> Codec:
+    """The codec of a log; `quality` is that of the JPEG, 1 to 100. `ValueError` when there is no such codec."""
+    match name:
+        case "raw":
+            return _Raw(image_hw)
+        case "jpeg":
+            return _Jpeg(image_hw, quality)
+    raise ValueError(f"unknown codec {name!r}: raw or jpeg")
+
+
+class _Raw:
+    name = "raw"
+
+    def __init__(self, image_hw: tuple[int, int]) -> None:
+        self._shape = (*image_hw, 3)
+
+    def encode(self, image: Image) -> bytes:
+        _check_shape(image, self._shape)
+        return image.tobytes()
+
+    def decode(self, data: Bytes) -> Image:
+        image = np.frombuffer(data, np.uint8)
+        if image.size != math.prod(self._shape):
+            raise ValueError(f"{image.size} bytes are no image {self._shape} uint8")
+        return image.reshape(self._shape)
+
+
+class _Jpeg:
+    name = "jpeg"
+
+    def __init__(self, image_hw: tuple[int, int], quality: int) -> None:
+        self._shape = (*image_hw, 3)
+        self._parameters = (cv2.IMWRITE_JPEG_QUALITY, quality)
+
+    def encode(self, image: Image) -> bytes:
+        _check_shape(image, self._shape)
+        return cv2.imencode(".jpg", image, self._parameters)[1].tobytes()
+
+    def decode(self, data: Bytes) -> Image:
+        try:
+            image = cast(Image | None, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
+        except cv2.error as error:  # no bytes at all, or a size beyond OpenCV's own limit
+            raise ValueError(f"{len(data)} bytes are no JPEG: {error.err}") from error
+        if image is None:
+            raise ValueError(f"{len(data)} bytes are no JPEG")
+        _check_shape(image, self._shape)
+        return image
+
+
+def _check_shape(image: Image, shape: tuple[int, ...]) -> None:
+    if image.shape != shape or image.dtype != np.uint8:
+        raise ValueError(f"an image is {image.shape} {image.dtype}, not {shape} uint8")

@@ -1,0 +1,230 @@
+"""A run that goes on: exact in virtual time wherever it was interrupted, and refused where it would be another run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from relod.errors import SettingsError, StartError
+from relod.runtime import virtualsession
+from relod.runtime.modes import Request, resolve, run_robot
+from relod.runtime.rundir import RunFolder
+from tests.fakes import small_request
+
+STEPS = 330  # with a replay of 512 steps in chunks of 256: one chunk is retired on the way
+QUICK = ("learner.checkpoint_every_s=0.05", "replay.capacity=512", "run.metrics_every_s=1")
+
+
+class Killed(BaseException):
+    """What no handler catches, as nothing is when a process is killed."""
+
+
+def start(folder: Path, *assignments: str, steps: int = STEPS) -> Request:
+    return small_request(folder, *QUICK, *assignments, seed=4, steps=steps)
+
+
+def go_on(folder: Path, *assignments: str, **fields) -> Request:
+    """`relod robot --resume FOLDER` with nothing else said."""
+    nothing = dict.fromkeys(("task", "mode", "algorithm", "preset", "world", "clock"))
+    request = replace(small_request(folder), resume=folder, assignments=assignments, overrides={}, **nothing)
+    return replace(request, **fields)
+
+
+def kill_at(monkeypatch, tick: int) -> None:
+    real = virtualsession._VirtualSession._take
+
+    def take(self, found):
+        if not self._playing and self._ticks == tick:
+            raise Killed
+        real(self, found)
+
+    monkeypatch.setattr(virtualsession._VirtualSession, "_take", take)
+
+
+def run_folder(root: Path) -> Path:
+    return (root / "latest").resolve()
+
+
+def content(folder: Path) -> dict[str, object]:
+    """All of a run that must not depend on interruptions."""
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    files = [*sorted((folder / "log").iterdir()), folder / "tape.bin", max((folder / "checkpoints").iterdir())]
+    return {
+        "episodes": [{key: value for key, value in line.items() if key != "wall_s"} for line in lines],
+        **{file.name: file.read_bytes() for file in files if file.suffix != ".safetensors"},
+        "learner": learner_state(max((folder / "checkpoints").iterdir())),
+    }
+
+
+def learner_state(path: Path) -> object:
+    from relod.runtime.checkpoint import read_checkpoint
+
+    found = read_checkpoint(path)
+    extra = {key: found.counters["extra"][key] for key in ("log", "crc", "ticks", "actor", "first_step")}
+    counters = {key: value for key, value in found.counters.items() if key != "extra"}
+    return {name: tensor.numpy().tobytes() for name, tensor in found.tensors.items()}, counters, extra
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, object]:
+    """The run that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    assert run_robot(start(root)).exit_code == 0
+    return content(run_folder(root))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ticks", [(3,), (150,), (260, 420), (120, 300, 301)])
+def test_killed_and_resumed_is_never_killed(whole, tmp_path, monkeypatch, ticks):
+    request = start(tmp_path)
+    for tick in ticks:
+        with monkeypatch.context() as patch:
+            kill_at(patch, tick)
+            with pytest.raises(Killed):
+                run_robot(request)
+        request = go_on(run_folder(tmp_path))
+    result = run_robot(request)
+    assert result.exit_code == 0
+    assert result.summary["steps"] == STEPS
+    assert result.summary["returns"] == [line["return"] for line in whole["episodes"]]
+    assert content(run_folder(tmp_path)) == whole
+
+
+@pytest.mark.slow
+def test_more_steps_later_are_more_steps_at_once(whole, tmp_path):
+    assert run_robot(start(tmp_path, steps=200)).summary["steps"] == 200
+    result = run_robot(go_on(run_folder(tmp_path), overrides={"run.steps": STEPS}))
+    assert result.summary["steps"] == STEPS
+    assert content(run_folder(tmp_path)) == whole
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_trace_in_a_resumed_run(whole, tmp_path, monkeypatch):
+    real = virtualsession._Signals.caught
+
+    def interrupted(self):
+        self.number = 2
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(virtualsession._Signals, "caught", interrupted)
+        result = run_robot(start(tmp_path))
+    assert result.exit_code == 130
+    assert run_robot(go_on(run_folder(tmp_path))).exit_code == 0
+    assert content(run_folder(tmp_path)) == whole
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """A short run's folder; tests that change it copy it first."""
+    root = tmp_path_factory.mktemp("short")
+    run_robot(start(root, steps=60))
+    return run_folder(root)
+
+
+@pytest.fixture
+def damaged(short, tmp_path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(short, tmp_path / "run"))
+
+
+def test_the_folder_says_when_it_went_on(damaged):
+    run_robot(go_on(damaged, overrides={"run.steps": 70}))
+    run = json.loads((damaged / "run.json").read_text())
+    assert len(run["sessions"]) == 1
+    assert run["summary"]["steps"] == 70
+    assert run["summary"]["episodes"] == len((damaged / "episodes.jsonl").read_text().splitlines())
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damaged, capsys):
+    newest = max((damaged / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-7])
+    result = run_robot(go_on(damaged))
+    assert result.summary["steps"] == 60
+    said = capsys.readouterr().err
+    assert newest.name in said
+    assert "going on with learner-" in said
+
+
+def test_no_readable_checkpoint(damaged):
+    for path in (damaged / "checkpoints").iterdir():
+        path.write_bytes(b"x" * 100)
+    with pytest.raises(StartError, match=r"learner-.*damaged"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_a_checkpoint_of_another_run(damaged):
+    settings = damaged / "settings.toml"
+    settings.write_text(settings.read_text().replace("hidden = [16]", "hidden = [24]"))
+    with pytest.raises(StartError, match="belongs to another run: its agent settings"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_a_log_cut_before_the_checkpoint(damaged):
+    segment = next((damaged / "log").iterdir())
+    segment.write_bytes(segment.read_bytes()[:2000])
+    with pytest.raises(StartError, match="segment-000001"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_a_tape_that_is_too_short(damaged):
+    tape = damaged / "tape.bin"
+    tape.write_bytes(tape.read_bytes()[:20])
+    with pytest.raises(StartError, match=r"tape\.bin has 20 of"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_a_world_that_does_something_else(damaged):
+    settings = damaged / "settings.toml"
+    assert "wheel_tau_ms = 60.0" in settings.read_text()
+    settings.write_text(settings.read_text().replace("wheel_tau_ms = 60.0", "wheel_tau_ms = 160.0"))
+    with pytest.raises(StartError, match="did not do again"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"task": "track"}, "--task track differs from the run's create"),
+        ({"algorithm": "ppo"}, "--algorithm ppo differs from the run's sac"),
+        ({"preset": "paper"}, "--preset paper differs from the run's sac-lite"),
+        ({"clock": "wall"}, "--clock wall differs from the run's virtual"),
+        ({"robot": "/dev/ttyUSB0", "camera": "0"}, "it cannot go on in another"),
+        ({"assignments": ("agent.gamma=0.9",)}, r"agent.gamma = 0.9 differs from the run's 0.995"),
+        ({"overrides": {"run.seed": 9}}, r"run.seed = 9 differs from the run's 4"),
+        ({"overrides": {"run.steps": 50}}, "the run has 59 of 50 steps already"),
+        ({"config": Path("some.toml")}, "--config some.toml with --resume"),
+        ({"profile": "laptop"}, "--profile laptop with --resume"),
+    ],
+)
+def test_another_run_than_before_is_refused(damaged, fields, told):
+    before = {path: path.read_bytes() for path in damaged.rglob("*.relodlog")}
+    with pytest.raises(SettingsError, match=told):
+        run_robot(go_on(damaged, **fields))
+    assert {path: path.read_bytes() for path in damaged.rglob("*.relodlog")} == before
+
+
+def test_what_a_session_may_change(short):
+    plan = resolve(go_on(short, "learner.threads=2", "safety.stall_limit_s=5", overrides={"run.steps": 99}))
+    assert plan.settings.learner.threads == 2
+    assert plan.max_steps == 99
+    assert plan.settings.agent == resolve(go_on(short)).settings.agent
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"task": "create"}'])
+def test_no_run_folder(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(StartError, match=r"run\.json"):
+        resolve(go_on(tmp_path))
+
+
+def test_a_folder_somebody_writes_to(short):
+    plan = resolve(go_on(short))
+    with (
+        RunFolder.reopen(short, plan.settings, {}, sizes=None),
+        pytest.raises(StartError, match="another relod writes"),
+    ):
+        run_robot(go_on(short, overrides={"run.steps": 70}))
