@@ -215,13 +215,13 @@ def check(
     camera: CameraOption = None,
     task: TaskOption = "create",
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask before a wheel turns. The wheels must be off the floor.")
+        bool, typer.Option("--yes", help="Do not ask before it moves. Wheels must be off the floor.")
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Commission a robot, wheels off the floor: sensors, camera, wheels, and how fast it stops."""
+    """Commission a robot, wheels off the floor: sensors, camera, motions, and how fast it stops."""
     from .runtime.modes import run_check
 
     document, code = run_check(

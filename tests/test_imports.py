@@ -15,6 +15,9 @@ ROBOT_PATH = (
     "relod.robots.create2.driver",
     "relod.robots.create2.reacher",
     "relod.robots.create2.world",
+    "relod.robots.track.driver",
+    "relod.robots.track.task",
+    "relod.robots.track.world",
     "relod.runtime.camera",
     "relod.runtime.control",
     "relod.runtime.cycle",
@@ -51,7 +54,7 @@ def test_the_robots_path_imports_no_torch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["", "robot", "replay", "check", "modes", "settings", "plot", "log export", "emulate create"]
+    "command", ["", "robot", "replay", "check", "modes", "settings", "plot", "log export", "emulate create", "emulate track"]
 )
 def test_help_loads_nothing_heavy(command):
     arguments = [*command.split(), "--help"]

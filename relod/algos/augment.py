@@ -1,7 +1,7 @@
 """Image augmentation on torch tensors: the same windows as `batch.copy_window`, gathered for a whole batch at once.
 
-Where replay and networks share a device the gather is the fast way; on a CPU the slice copies of `batch` are.
-Both give the same bytes for the same corners.
+On a GPU, which is handed whole frames, the gather is the fast way; on a CPU the slice copies of `batch` are. Both give
+the same bytes for the same corners.
 """
 
 from __future__ import annotations

@@ -117,7 +117,11 @@ def resolve(request: Request) -> Plan:
     preset, reason = _preset(names["preset"], algorithm.presets)
     sections = {**entry.sections(), "agent": algorithm.settings_type}
     if before is None:
-        trees = [world_settings(entry, names["world"]), algorithm.presets[preset]]
+        trees = [
+            world_settings(entry, names["world"]),
+            algorithm.presets[preset],
+            entry.presets.get(preset, {}),
+        ]
         if request.profile is not None:
             trees.append(algorithm.profiles[_one_of(request.profile, tuple(algorithm.profiles), "profile")])
         settings = _load(request, sections, presets=trees, file=request.config)

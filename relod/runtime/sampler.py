@@ -39,7 +39,8 @@ class ReplaySampler:
         self._size = 0
         self._generations = np.zeros(layout.chunks, np.uint64)
         self._staged = staged
-        self._batches: deque[Batch] = deque(maxlen=2 if staged else 1)  # the one to be written next is the first
+        self._buffers = 2 if staged else 1
+        self._batches: deque[Batch] = deque()  # the newest is the last
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, "relod-sampler") if threads > 1 else None
 
@@ -100,7 +101,7 @@ class ReplaySampler:
             for old in self._batches:
                 old.fence.wait()
             self._batches.clear()
-        if len(self._batches) < (self._batches.maxlen or 0):
+        if len(self._batches) < self._buffers:
             self._batches.append(self._allocate(shape))
         else:
             self._batches.rotate(-1)
