@@ -26,7 +26,7 @@ from .policy import PolicyBox, PolicyWriter
 from .replay import ReplaySampler
 from .spans import SpanRing
 from .updates import LearnerLoop
-from .worker import NewsSender, WorkerJob, WorkerStatus
+from .worker import NewsSender, WorkerJob, WorkerStatus, keep_freed_memory
 
 __all__ = ["CHECKPOINTS", "LearnerSide"]
 
@@ -158,8 +158,10 @@ class LearnerSide:
         """The learner in this process; its updates are deterministic for a seed and a thread count."""
         plan = self._plan
         settings, seed = plan.settings.learner, plan.settings.run.seed
-        torch.set_num_threads(settings.threads or 1)
-        sampler = ReplaySampler(self.experience.table)
+        threads = settings.threads or 1
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        sampler = ReplaySampler(self.experience.table, threads=threads)
         self.experience.send = sampler.apply
 
         def build() -> Learner:

@@ -31,13 +31,13 @@ from .replay import ReplaySampler, ReplayTable
 from .spans import SpanRing, Stage
 from .updates import LearnerLoop
 
-__all__ = ["NewsSender", "WorkerJob", "WorkerStatus", "run_worker", "run_worker_process"]
+__all__ = ["NewsSender", "WorkerJob", "WorkerStatus", "keep_freed_memory", "run_worker", "run_worker_process"]
 
 STATUS_EVERY_S = 1.0
 PACKET_BYTES = 24 * 1024  # of news in one message; a whole number of records, far below a socket's buffer
 WAIT_MS = 1000  # longest sleep while the schedule allows no update; news and the parent's end wake it at once
 
-_MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_MALLOC_TRIM_THRESHOLD, _MALLOC_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,7 +120,9 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
     stop = _catch_signals()
     _yield_to_others()
     device = _choose_device(job.settings.device)
-    torch.set_num_threads(job.settings.threads or os.cpu_count() or 1)
+    keep_freed_memory()
+    threads = job.settings.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
     algorithm = find_algorithm(job.algorithm)
 
     def build() -> Learner:
@@ -128,7 +130,7 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
 
     loop = LearnerLoop(
         build(),
-        ReplaySampler(job.replay),
+        ReplaySampler(job.replay, threads=threads, staged=device.type == "cuda"),
         algorithm.needs(job.spec, job.agent),
         epoch=_next_epoch(job),
         seed=job.seed,
@@ -249,17 +251,22 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _yield_to_others() -> None:
-    """Lowest scheduling class, before any thread starts; and keep freed memory.
-
-    By default glibc maps large blocks one by one and returns them to the kernel, so that every update faults in new
-    pages; keeping them takes the sac-lite update from 38 to 31 ms (median, one core).
-    """
+    """Lowest scheduling class, before any thread starts."""
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except OSError:  # some sandboxes forbid the call; the next best
         os.nice(19)
+
+
+def keep_freed_memory() -> None:
+    """Keep what this process frees, for the next update.
+
+    By default glibc maps large blocks one by one and returns them to the kernel, so that every update faults in new
+    pages. Keeping them takes the update from 38 to 31 ms (sac-lite, median, one core), and with blocks above 32 MB,
+    for which a threshold does not help, from 143 to 125 ms (paper, minibatch 64, two cores).
+    """
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MALLOC_MMAP_THRESHOLD, 32 * 1024 * 1024)
+    libc.mallopt(_MALLOC_MMAP_MAX, 0)
     libc.mallopt(_MALLOC_TRIM_THRESHOLD, 512 * 1024 * 1024)
 
 
