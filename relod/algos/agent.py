@@ -53,9 +53,7 @@ class Needs:
     window: Window  # augmentation of the images, and what the actor cuts out
     init_steps: int  # environment steps of uniform random actions before the first update
     init_hold: int  # cycles for which one of those actions is held
-    explore_held: float = 0.0  # share of the later cycles with such actions, falling to 0 ...
-    explore_steps: int = 0  # ... over this many steps
-    noise_cycles: float = 0.0  # correlation time of the policy's noise; 0 = white
+    noise_cycles: float  # correlation time of the policy's noise; 0 = white
     max_updates_per_step: float  # cap on the update-to-data ratio
 
 
@@ -208,7 +206,7 @@ class TorchActor:
         self._no_noise = np.zeros(spec.action_dim, np.float32)
         self._held = self._no_noise
         self._held_left = 0
-        self._noise = self._no_noise  # of the newest action
+        self._noise: FloatArray | None = None  # of the newest action
         self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
         self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
@@ -218,7 +216,7 @@ class TorchActor:
         version = self._source.version
         warming_up = self.steps_done < self._needs.init_steps or version == (0, 0)
         self.steps_done += 1
-        if not self._deterministic and (warming_up or self._held_left > 0 or self._wanders()):
+        if warming_up and not self._deterministic:
             return Action(values=self._random_action(), policy_version=(0, 0))
         values, extras = self._run(observation)
         return Action(values=values, policy_version=version, extras=extras)
@@ -230,22 +228,15 @@ class TorchActor:
             "rng": self._rng.bit_generator.state,
             "held": self._held.tolist(),
             "held_left": self._held_left,
-            "noise": self._noise.tolist(),
+            "noise": None if self._noise is None else self._noise.tolist(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.steps_done, self._held_left = state["steps_done"], state["held_left"]
         self._rng.bit_generator.state = state["rng"]
-        self._held, self._noise = (np.array(state[name], np.float32) for name in ("held", "noise"))
-
-    def _wanders(self) -> bool:
-        """Whether a held random action begins now, so that they fill `explore_held` of the cycles, falling to 0."""
-        done = self.steps_done - self._needs.init_steps
-        share = self._needs.explore_held * max(0.0, 1 - done / max(1, self._needs.explore_steps))
-        if share <= 0:
-            return False
-        return bool(self._rng.random() < share / (share + (1 - share) * self._needs.init_hold))
+        self._held = np.array(state["held"], np.float32)
+        self._noise = None if state["noise"] is None else np.array(state["noise"], np.float32)
 
     def _random_action(self) -> FloatArray:
         if self._held_left == 0:
@@ -261,7 +252,9 @@ class TorchActor:
         noise = self._no_noise
         if not self._deterministic:
             fresh = self._rng.standard_normal(noise.shape, np.float32)
-            noise = self._noise = self._keep * self._noise + math.sqrt(1 - self._keep**2) * fresh
+            if self._noise is not None:  # a first-order process: each value is standard normal, as a fresh one is
+                fresh = self._keep * self._noise + math.sqrt(1 - self._keep**2) * fresh
+            noise = self._noise = fresh
         with torch.inference_mode():
             values, extras = self._source.module(
                 torch.from_numpy(self._images),

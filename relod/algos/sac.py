@@ -41,17 +41,15 @@ class SacSettings(Section, frozen=True):
     # Looks 200 cycles ahead: at -1 per step, states 400 and 600 cycles from the goal are worth -173 and -190. With
     # 0.99 it would be -98.2 and -99.8, too close to learn from; with 1 a time limit of 667 steps never converges.
     gamma: Annotated[float, Meta(gt=0, le=1, description="discount per action cycle")] = 0.995
-    init_steps: Annotated[int, Meta(ge=0, description="steps of random actions before the first update")] = 1000
-    # A Create with random actions held for 15 cycles finds its target in 13 of 40 episodes, not held in 7 of 40.
-    init_hold: Annotated[int, Meta(ge=1, description="cycles for which a random action is held")] = 15
-    explore_held: Annotated[
-        float, Meta(ge=0, le=1, description="share of the cycles after init_steps with held random actions, at first")
-    ] = 0.0
-    explore_steps: Annotated[int, Meta(ge=0, description="steps over which explore_held falls to 0")] = 10_000
+    # In 40 episodes a Create with uniformly random actions finds its target 4 times, with random actions held for 15
+    # cycles 10 times, for 40 cycles 17 times: without the target in the replay there is nothing to learn.
+    init_steps: Annotated[int, Meta(ge=0, description="steps of random actions before the first update")] = 1500
+    init_hold: Annotated[int, Meta(ge=1, description="cycles for which a random action is held")] = 40
+    # White noise at 22 Hz moves a robot nowhere. The same noise with a memory of half a second does, and every single
+    # action is distributed as before (Eberhard et al. 2023, "Pink noise is all you need").
     noise_cycles: Annotated[
-        float, Meta(ge=0, le=1000, description="correlation time of the actor's noise, in cycles; 0 = none")
-    ] = 0.0
-    reward_scale: Annotated[float, Meta(gt=0, description="factor on every reward before learning")] = 1.0
+        float, Meta(ge=0, le=1000, description="correlation time of the policy's noise, in cycles; 0 = white")
+    ] = 10.0
     # More updates on the same data overfit young replays; As et al. (arXiv 2602.20220) call the ratio decisive.
     max_updates_per_step: Annotated[float, Meta(gt=0, description="cap on updates per environment step")] = 2.0
 
@@ -64,7 +62,8 @@ class SacSettings(Section, frozen=True):
     conv_channels: Annotated[int, Meta(ge=1, le=256, description="channels of every convolution")] = 32
     conv_strides: Annotated[tuple[int, ...], Meta(min_length=1, description="of the 3x3 convolutions")] = (2, 2, 2, 1)
     conv_init: Annotated[ConvInit, Meta(description="initial convolution weights")] = "orthogonal"
-    conv_presence: Annotated[bool, Meta(description="how present each feature is, beside where it is")] = False
+    # An expected place alone cannot tell a target in the middle of the image from none at all (cf. Finn et al. 2016).
+    conv_presence: Annotated[bool, Meta(description="how present each feature is, beside where it is")] = True
     centre_pixels: Annotated[bool, Meta(description="pixels in [-0.5, 0.5] instead of [0, 1]")] = True
 
     # Actor and critics. LayerNorm guards against overestimation (RLPD, arXiv 2302.02948) at nearly no cost.
@@ -104,12 +103,14 @@ PAPER: RawSettings = {
         "gamma": 1.0,  # undiscounted episodic task, true terminals
         "init_steps": 1000,
         "init_hold": 1,
+        "noise_cycles": 0.0,
         "max_updates_per_step": 1.0,
         "augment": "crop",
         "crop_fraction": 0.01,
         "conv_channels": 32,
         "conv_strides": [2, 2, 2, 1],
         "conv_init": "delta_orthogonal",
+        "conv_presence": False,
         "centre_pixels": False,
         "hidden": [1024, 1024],
         "layer_norm": False,
@@ -270,7 +271,7 @@ class SacLearner:
     def critic_target(self, batch: Batch) -> Tensor:
         """`R + d * (min Q'(s', a') - alpha log pi(a'|s'))`, `(B,)`; the entropy term only with `backup_entropy`."""
         images, proprio = self._pixels(batch.next_images, batch), self._tensor(batch.next_proprio)
-        rewards = self._tensor(batch.rewards) * self._settings.reward_scale
+        rewards = self._tensor(batch.rewards)
         discounts = self._tensor(batch.discounts)
         with self._autocast():
             features = self._policy.features(images, proprio)
@@ -424,8 +425,6 @@ class SacAlgorithm:
             window=_window(spec, settings),
             init_steps=settings.init_steps,
             init_hold=settings.init_hold,
-            explore_held=settings.explore_held,
-            explore_steps=settings.explore_steps,
             noise_cycles=settings.noise_cycles,
             max_updates_per_step=settings.max_updates_per_step,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -46,7 +48,7 @@ class Echo(nn.Module):
         return torch.stack([images[:, -1, 0, 0, 0].float(), noise[:, 0]], -1), proprio
 
 
-def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1) -> Needs:
+def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1, noise_cycles: float = 0.0) -> Needs:
     return Needs(
         replay=True,
         batch_size=4,
@@ -55,6 +57,7 @@ def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1) -> Needs
         window=window,
         init_steps=init_steps,
         init_hold=init_hold,
+        noise_cycles=noise_cycles,
         max_updates_per_step=1.0,
     )
 
@@ -99,6 +102,29 @@ def test_noise_comes_from_the_generator_and_not_at_all_when_deterministic():
     same = [make_actor(seed=3).act(observe()).values[1] for _ in range(2)]
     assert same[0] == same[1] == np.random.default_rng(3).standard_normal(2, np.float32)[0]
     assert make_actor(deterministic=True).act(observe()).values[1] == 0.0
+
+
+@pytest.mark.parametrize("cycles", [0.0, 10.0])
+def test_noise_is_standard_normal_and_remembers_for_as_long_as_asked(cycles):
+    actor = make_actor(needs=make_needs(centre_window(HW), noise_cycles=cycles))
+    noise = np.array([actor.act(observe()).values[1] for _ in range(20_000)])
+    assert abs(noise.mean()) < 0.15
+    assert abs(noise.std() - 1.0) < 0.1
+    wanted = np.exp(-1 / cycles) if cycles else 0.0
+    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1] - wanted) < 0.03
+
+
+@pytest.mark.parametrize("acted", [0, 2, 9])
+def test_an_actor_goes_on_from_its_state_exactly(acted):
+    needs = make_needs(centre_window(HW), init_steps=5, init_hold=3, noise_cycles=4.0)
+    actor, other = (make_actor(needs=needs, seed=seed) for seed in (1, 2))
+    for _ in range(acted):
+        actor.act(observe())
+    other.load_state(json.loads(json.dumps(actor.state())))
+    for _ in range(12):
+        one, same = actor.act(observe()), other.act(observe())
+        assert one.values.tobytes() == same.values.tobytes()
+        assert one.policy_version == same.policy_version
 
 
 def test_extras_are_handed_through():

@@ -122,3 +122,20 @@ def test_ensemble_members_start_different():
     critics = ensemble(2, 5, (8,), layer_norm=False)
     values = critics(torch.randn(4, 3), torch.randn(4, 2)).detach().numpy()
     assert not np.allclose(values[0], values[1])
+
+
+def test_presence_tells_a_feature_in_the_middle_from_none_at_all():
+    plain, telling = (
+        Encoder(
+            frames=1, image_hw=(21, 21), channels=3, strides=(1,), centred=False, init="delta_orthogonal", presence=on
+        )
+        for on in (False, True)
+    )
+    telling.load_state_dict(plain.state_dict())
+    nothing = torch.zeros(1, 1, 21, 21, 3, dtype=torch.uint8)
+    middle = nothing.clone()
+    middle[0, 0, 10, 10] = 255
+    assert torch.allclose(plain(nothing), plain(middle), atol=1e-5)
+    assert (telling(middle) - telling(nothing)).abs().max() > 0.1
+    assert torch.equal(telling(middle)[:, :6], plain(middle))
+    assert telling.out_dim == 9
