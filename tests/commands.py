@@ -111,6 +111,14 @@ class Run:
             assert time.monotonic() < deadline, f"no {count} steps in {START_LIMIT_S} s: {self.messages()}"
             time.sleep(0.05)
 
+    def wait_for_checkpoint(self) -> None:
+        """Until the learner has written one; its worker gets only what time the others leave."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while not list(self.folder.glob("latest/checkpoints/learner-*.safetensors")):
+            assert self.process.poll() is None, self.messages()
+            assert time.monotonic() < deadline, f"no checkpoint in {START_LIMIT_S} s: {self.messages()}"
+            time.sleep(0.05)
+
     def steps(self) -> int:
         try:
             lines = (self.folder / "latest" / "metrics.jsonl").read_text().splitlines()

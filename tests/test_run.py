@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from relod.runtime.checkpoint import newest_readable
+from relod.runtime.log.reader import LogReader
+from relod.types import Step
 from tests.commands import emulator, relod, robot, stood_after_ms
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -184,3 +188,56 @@ def test_full_disk_stops_the_run(tmp_path: Path) -> None:
         assert run.wait(60) == 4, run.messages()
         assert "the disk is full" in run.messages().splitlines()[-1]
         assert run.result()["stopped_cleanly"] is True
+        folder = (run.folder / "latest").resolve()
+    steps = LogReader(folder / "log").summary().last_env_step
+    done = relod(tmp_path, "robot", "--json", "--resume", str(folder), "--steps", str(steps + 30))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == steps + 30
+
+
+def test_killed_altogether_and_resumed(tmp_path: Path) -> None:
+    frequent = ("--set", "learner.checkpoint_every_s=1")
+    with robot(tmp_path, "--seed", "4", *frequent) as run:
+        run.wait_for_steps(150)
+        run.wait_for_checkpoint()
+        folder = (run.folder / "latest").resolve()
+    steps = LogReader(folder / "log").summary().last_env_step
+    before = newest_readable(folder / "checkpoints").checkpoint
+    assert before is not None
+    assert steps >= 150
+    done = relod(tmp_path, "robot", "--json", "--resume", str(folder), "--steps", str(steps + 100))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["run_dir"] == str(folder)
+    assert result["steps"] == steps + 100
+    assert result["stopped_cleanly"]
+    assert result["updates"] >= before.counters["updates"]
+    assert result["policy_version"][0] > before.counters["epoch"]
+    reader = LogReader(folder / "log")
+    messages = [record.message for record in reader.iterate()]
+    taken = [message for message in messages if isinstance(message, Step)]
+    after = taken[steps:]
+    # From its first cycle on the robot acts by the policy it had, in a new epoch: nothing fresh, nothing random.
+    assert {step.policy_version[0] for step in after} == {before.counters["epoch"] + 1}
+    assert after[0].policy_version[1] >= before.counters["published"]
+    assert after[0].episode > taken[steps - 1].episode
+    assert min(after[0].frame_ids) > max(taken[steps - 1].frame_ids)
+    assert relod(tmp_path, "log", "verify", str(folder)).returncode == 0
+    busy = json.loads((folder / "run.json").read_text())
+    assert len(busy["sessions"]) == 1
+
+
+def test_a_running_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with robot(tmp_path) as run:
+        run.wait_for_steps(20)
+        done = relod(tmp_path, "robot", "--resume", str((run.folder / "latest").resolve()))
+        assert done.returncode == 3
+        assert "another relod writes" in done.stderr
+        assert run.process.poll() is None
+
+
+def test_what_does_not_fit_is_said_before_anything_moves(tmp_path: Path) -> None:
+    done = relod(tmp_path, "robot", "--set", "replay.memory_mib=100", "--set", f"run.folder={tmp_path}")
+    assert done.returncode == 2
+    assert "replay.memory_mib allows 0.10 GiB" in done.stderr
+    assert "replay.capacity=" in done.stderr

@@ -15,7 +15,7 @@ from .log.codec import make_codec
 from .log.format import EncodedFrame, LogPosition, LogSpec
 from .log.reader import LogReader
 from .log.writer import LogWriter
-from .memory import check_replay
+from .memory import check_log, check_replay
 from .plan import Plan
 from .replay import ReplayLayout, ReplayTable, ReplayWriter
 
@@ -35,7 +35,7 @@ class Experience:
         end: where to cut the log of a run that goes on; None keeps all its whole records.
 
     Raises:
-        SettingsError: the replay does not fit into the memory.
+        SettingsError: the replay does not fit into the memory, or a new run's log could not hold it.
         StartError: the log is not that of this task, or damaged where the run goes on.
     """
 
@@ -43,6 +43,8 @@ class Experience:
         spec, settings = plan.task.spec, plan.settings
         layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
         check_replay(layout.nbytes, layout.capacity, settings.replay)
+        if plan.resume is None:
+            check_log(layout.step_bytes, layout.capacity, settings.log)
         self.table = ReplayTable(layout)
         self.writer = ReplayWriter(self.table)
         self.send: Callable[[bytes], object] = lambda news: None
@@ -93,6 +95,7 @@ class Experience:
         """Fill the replay from the log, from environment step `first_step` on; returns the episodes that ended.
 
         From a `writer.first_step` on, the replay becomes what it was, down to the order in which samples are drawn.
+        Where the log begins later, so does the replay, and `writer.first_step` says so.
         """
         reader = LogReader(self._folder)
         ends: list[EpisodeEnd] = []
@@ -106,6 +109,7 @@ class Experience:
                 self.newest_frame_id = max(self.newest_frame_id, *message.frame_ids)
             if isinstance(message, Step):
                 self.newest_epoch = max(self.newest_epoch, message.policy_version[0])
+                self.writer.env_steps = record.env_steps - 1  # more than were read where the log has a gap
                 self.send(self.writer.append(message, record.frames))
             elif isinstance(message, EpisodeEnd):
                 ends.append(message)

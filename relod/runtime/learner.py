@@ -17,7 +17,7 @@ import torch
 from ..algos.agent import Learner, policy_size
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
-from .checkpoint import Checkpoint, newest_readable, write_checkpoint
+from .checkpoint import PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
 from .clock import Clock
 from .experience import Experience
 from .log.format import LogPosition
@@ -70,13 +70,17 @@ class LearnerSide:
     def restore(self, checkpoint: Checkpoint | None) -> list[EpisodeEnd]:
         """Go on with a run on the wall clock; returns the episodes that ended in the part of the log that was read.
 
-        The log is whole up to the last record; an episode that was open has no known outcome and is cut there.
+        The log is whole up to the last record; an episode that was open has no known outcome and is cut there. The
+        policy in force at the checkpoint acts from the first cycle on: the worker may come later than that.
         """
         experience = self.experience
         ends = experience.refill(max(0, experience.log.env_steps - self._plan.settings.replay.capacity))
         experience.cut()
         saved = checkpoint.counters["epoch"] if checkpoint is not None else 0
         self._epoch = max(saved, experience.newest_epoch)
+        if checkpoint is not None and PUBLISHED_POLICY in checkpoint.tensors:
+            policy = checkpoint.tensors[PUBLISHED_POLICY].numpy()
+            PolicyWriter(self._box).publish(policy, (saved, checkpoint.counters["published"]))
         return ends
 
     # -- acting --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What memory a run needs, and what the machine has: refused at the start rather than killed hours later.
+"""What room a run needs, and what there is: refused at the start rather than killed hours later.
 
 Replay and frames lie on memfds, so /dev/shm and its limit do not matter. Their pages are taken as they are filled:
 without this check a replay that does not fit would end the run when the learner has just become good.
@@ -6,17 +6,21 @@ without this check a replay that does not fit would end the run when the learner
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config import ReplaySettings
+from ..config import LogSettings, ReplaySettings
 from ..errors import SettingsError
 
-__all__ = ["available_bytes", "cgroup_headroom_bytes", "check_replay", "mem_available_bytes"]
+__all__ = ["available_bytes", "cgroup_headroom_bytes", "check_log", "check_replay", "mem_available_bytes"]
 
 AUTO_SHARE = 0.6  # of what is available; networks, torch in two processes and the page cache of the log want the rest
 CHUNK_STEPS, SPARE_CHUNKS = 256, 3  # of a replay: one being filled, one retired ahead, one begun by the last steps
 LEAST_STEPS = 512  # least `replay.capacity`
+JPEG_SHARE = (
+    1 / 14
+)  # of the raw pixels, at quality 90 and 160x120: the least measured, so that only what is too much is
 LAPTOP_STEPS = 16_000  # capacity of the profile `laptop`
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -47,6 +51,25 @@ def check_replay(layout_bytes: int, capacity: int, settings: ReplaySettings, *, 
     if layout_bytes > allowed:
         needed = f"{_gib(layout_bytes)} for {capacity:,} steps of {layout_bytes / capacity / 1000:,.1f} kB"
         raise SettingsError(f"the replay needs {needed}; {reason}", _hint(capacity * allowed / layout_bytes))
+
+
+def check_log(step_bytes: float, capacity: int, settings: LogSettings) -> None:
+    """Refuse a limit of the log that is too small for the steps of the replay, which is filled from it again.
+
+    Args:
+        step_bytes: of a step with its new frames, raw.
+
+    Raises:
+        SettingsError: the log would have to outgrow its limit, or a resumed run to go on with less experience.
+    """
+    stored_bytes = step_bytes * (JPEG_SHARE if settings.codec == "jpeg" else 1)
+    # What goes is whole segments: one is being written, and the oldest may be needed in part only, as a chunk may.
+    needed = (capacity + SPARE_CHUNKS * CHUNK_STEPS) * stored_bytes + 2 * settings.segment_mib * MIB
+    if needed > settings.limit_gib * GIB:
+        raise SettingsError(
+            f"log.limit_gib allows {settings.limit_gib:g} GiB, and the replay's {capacity:,} steps need {_gib(needed)}",
+            f"use --set log.limit_gib={math.ceil(10 * needed / GIB) / 10:g}, or a smaller replay.capacity",
+        )
 
 
 def _hint(steps: float) -> str:

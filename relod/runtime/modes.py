@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from .. import __version__
 from ..config import Section, Settings, describe, flatten, load
 from ..errors import SettingsError, StartError
 from ..robots import registry
@@ -188,6 +189,8 @@ def _before(request: Request) -> _Before:
     if missing or not (folder / "log").is_dir():
         what = f"its run.json says no {missing[0]}" if missing else "it has no experience log"
         raise StartError(f"{folder} cannot be resumed: {what}", "only runs of this version of relod can")
+    if (made := run.get("relod")) != __version__:
+        print(f"relod: {folder} was made by relod {made}, and this is {__version__}", file=sys.stderr)
     return _Before(run=run, resume=Resume(folder=folder, session=len(run.get("sessions", [])) + 1))
 
 

@@ -81,6 +81,11 @@ class ReplayLayout:
         )
 
     @property
+    def step_bytes(self) -> float:
+        """Bytes of a step on average: its new frames, as many as a camera may deliver, and its row."""
+        return self.frames_per_step * math.prod(self.image_hw) * 3 + self.row_type.itemsize
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the table when it is full; the kernel gives them as they are first written."""
         return self.frame_bytes + self.chunks * (8 + self.rows * self.row_type.itemsize)

@@ -180,14 +180,11 @@ class RunFolder:
         return folder
 
     @classmethod
-    def reopen(
-        cls, path: Path, settings: Settings, session: Mapping[str, JsonValue], *, sizes: Mapping[str, int] | None
-    ) -> RunFolder:
-        """Go on in a run's folder.
+    def reopen(cls, path: Path, settings: Settings, session: Mapping[str, JsonValue]) -> RunFolder:
+        """Open a run's folder to go on in it. What is in it stays as it is until `go_on`.
 
         Args:
-            session: what run.json says of this session.
-            sizes: bytes to keep of metrics.jsonl and episodes.jsonl; None keeps all whole lines.
+            session: what run.json will say of this session.
 
         Raises:
             StartError: no run folder, not writable, or another process writes there.
@@ -198,25 +195,39 @@ class RunFolder:
         run.pop("finished_utc", None)
         events = EventWriter(path / "tensorboard") if settings.run.tensorboard else None
         with disk_errors(path, StartError):
-            folder = cls(path, run, events=events)
-            for appender in (folder._metrics, folder._episodes):
+            return cls(path, run, events=events)
+
+    def go_on(self, settings: Settings, sizes: Mapping[str, int] | None = None) -> None:
+        """Begin the session of a folder that was opened again, once nothing can refuse it any more.
+
+        Args:
+            sizes: bytes to keep of metrics.jsonl and episodes.jsonl; None keeps all whole lines.
+
+        Raises:
+            StartError: not writable.
+        """
+        with disk_errors(self.path, StartError):
+            for appender in (self._metrics, self._episodes):
                 whole = appender.path.read_bytes().rfind(b"\n") + 1
                 appender.cut(whole if sizes is None else sizes[appender.path.name])
-            folder._spans.cut(folder._spans.size_bytes // SPAN.itemsize * SPAN.itemsize)
-            write_atomic(path / "settings.toml", to_toml(settings).encode())
-            write_atomic(path / "run.json", _pretty(run))
-            _point_latest(path.parent, path)
-        return folder
+            self._spans.cut(self._spans.size_bytes // SPAN.itemsize * SPAN.itemsize)
+            write_atomic(self.path / "settings.toml", to_toml(settings).encode())
+            write_atomic(self.path / "run.json", _pretty(self._run))
+            _point_latest(self.path.parent, self.path)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files of lines so far, for `reopen`."""
+        """Bytes of the files of lines so far, for `go_on`."""
         return {appender.path.name: appender.size_bytes for appender in (self._metrics, self._episodes)}
 
     def episodes(self) -> list[EpisodeLine]:
-        """The episodes so far."""
+        """The episodes so far; `StartError` when a line cannot be read."""
         decoder = msgspec.json.Decoder(EpisodeLine)
-        return [decoder.decode(line) for line in self._episodes.path.read_bytes().splitlines()]
+        lines = self._episodes.path.read_bytes().splitlines()
+        try:
+            return [decoder.decode(line) for line in lines]
+        except msgspec.DecodeError as error:
+            raise StartError(f"{self._episodes.path} is damaged: {error}", "remove the line, or mend it") from error
 
     def metrics(self, *, experience_s: float, wall_s: float, steps: int, values: Mapping[str, JsonValue]) -> None:
         """Append a line of figures.

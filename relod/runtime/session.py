@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ..errors import RelodError, SettingsError, StartError
 from . import provenance
@@ -59,11 +59,11 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
 
 
 @contextlib.contextmanager
-def open_folder(plan: Plan, arguments: tuple[str, ...], sizes: Mapping[str, int] | None = None) -> Iterator[RunFolder]:
-    """The run's folder, open for writing; `sizes` as for `RunFolder.reopen`."""
+def open_folder(plan: Plan, arguments: tuple[str, ...]) -> Iterator[RunFolder]:
+    """The run's folder, open for writing; that of a resumed run waits for `RunFolder.go_on`."""
     session = provenance.describe(["relod", *arguments])
     if plan.resume is not None:
-        with RunFolder.reopen(plan.resume.folder, plan.settings, session, sizes=sizes) as folder:
+        with RunFolder.reopen(plan.resume.folder, plan.settings, session) as folder:
             yield folder
         return
     content = {
@@ -113,8 +113,9 @@ def _resume(
     assert plan.resume is not None
     steps = learner.experience.log.env_steps
     check_steps_left(plan, steps)
-    ends = learner.restore(checkpoint)
     lines = folder.episodes()
+    ends = learner.restore(checkpoint)
+    folder.go_on(plan.settings)
     progress.restore(lines, steps, lines[-1].wall_s if lines else 0.0)
     known = lines[-1].episode if lines else -1
     for end in ends:  # the log had it, the folder not yet

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
@@ -17,7 +18,7 @@ from ..errors import StartError
 from ..types import Action, Actor, FloatArray, Observation
 from .rundir import disk_errors
 
-__all__ = ["TapedActor"]
+__all__ = ["TapedActor", "read_tape"]
 
 
 class TapedActor:
@@ -25,14 +26,14 @@ class TapedActor:
 
     Args:
         path: the tape; created when it is not there.
-        keep_bytes: what is played of it; the rest is cut off.
+        played: the answers in its first `keep_bytes` bytes, see `read_tape`; the rest is cut off.
     """
 
-    def __init__(self, actor: Actor, path: Path, *, keep_bytes: int = 0) -> None:
+    def __init__(self, actor: Actor, path: Path, *, played: Sequence[Action] = (), keep_bytes: int = 0) -> None:
         self._actor, self._path = actor, path
         self._new: list[bytes] = []
         self.size_bytes = keep_bytes
-        self._played = deque(_read(path, keep_bytes) if keep_bytes else ())
+        self._played = deque(played)
         with disk_errors(path, StartError), path.open("ab") as file:
             file.truncate(keep_bytes)
 
@@ -61,19 +62,24 @@ class TapedActor:
         return self.size_bytes
 
 
-def _read(path: Path, count: int) -> list[Action]:
+def read_tape(path: Path, count: int) -> list[Action]:
+    """The answers in the first `count` bytes of a tape; `StartError` when they cannot be read."""
+    hint = "without its tape this run cannot go on"
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise StartError(f"{path}: {error.strerror}", "without its tape this run cannot go on") from error
+        raise StartError(f"{path}: {error.strerror}", hint) from error
     if len(data) < count:
-        raise StartError(f"{path} has {len(data)} of {count} bytes", "without its tape this run cannot go on")
+        raise StartError(f"{path} has {len(data)} of {count} bytes", hint)
     unpacker = msgpack.Unpacker(max_buffer_size=0)
     unpacker.feed(data[:count])
-    return [
-        Action(values=_floats(values), extras=_floats(extras), policy_version=(epoch, updates))
-        for values, extras, epoch, updates in unpacker
-    ]
+    try:
+        return [
+            Action(values=_floats(values), extras=_floats(extras), policy_version=(epoch, updates))
+            for values, extras, epoch, updates in unpacker
+        ]
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
+        raise StartError(f"{path} is damaged: {error}", hint) from error
 
 
 def _bytes(values: FloatArray) -> bytes:

@@ -11,7 +11,8 @@ import contextlib
 import signal
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import msgspec
@@ -20,7 +21,7 @@ from ..errors import EXIT_OK, RelodError, StartError
 from ..loading import load_attribute
 from ..robots.vision import make_shrink
 from ..seeds import random_stream
-from ..types import EpisodeEnd, Frame, Step
+from ..types import Action, EpisodeEnd, Frame, Step
 from .checkpoint import Checkpoint
 from .clock import NS_PER_S, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
@@ -28,32 +29,45 @@ from .experience import BEGINNING
 from .host import Result
 from .learner import LearnerSide
 from .log.format import LogPosition
+from .log.reader import LogReader
 from .messages import encode
 from .plan import Plan, Start
 from .progress import Progress
 from .rundir import RunFolder
 from .session import check_steps_left, finish, open_folder
-from .tape import TapedActor
+from .tape import TapedActor, read_tape
 from .view import View, open_view
 from .virtual import VirtualRun, World
 
 __all__ = ["run_virtual"]
 
+TAPE = "tape.bin"  # within the run's folder
 SHOW_EVERY = 16  # cycles between two looks at the view: 10 ms at full speed
 
 
 def run_virtual(plan: Plan, arguments: tuple[str, ...], checkpoint: Checkpoint | None) -> Result:
     """Run in virtual time; a resumed run goes on from `checkpoint`, and without one it is made again from its seed."""
-    sizes = end = None
-    if checkpoint is not None:
+    end, tape = None, []
+    if checkpoint is not None and plan.resume is not None:
         saved = checkpoint.counters["extra"]
         check_steps_left(plan, saved["log"]["env_steps"])
-        sizes, end = saved["sizes"], LogPosition(**saved["log"])
+        end, tape = LogPosition(**saved["log"]), read_tape(plan.resume.folder / TAPE, saved["tape_bytes"])
     elif plan.resume is not None:
-        sizes, end = {"metrics.jsonl": 0, "episodes.jsonl": 0}, BEGINNING
-    with open_folder(plan, arguments, sizes) as folder, LearnerSide(plan, folder.path, None, end=end) as learner:
-        run = _VirtualSession(plan, folder, learner, checkpoint)
+        steps = _logged_steps(plan.resume.folder)
+        check_steps_left(plan, steps)
+        print(f"relod: no checkpoint: the run and its {steps} steps are made again from the seed", file=sys.stderr)
+        end = BEGINNING
+    with open_folder(plan, arguments) as folder, LearnerSide(plan, folder.path, None, end=end) as learner:
+        run = _VirtualSession(plan, folder, learner, checkpoint, tape)
         return finish(folder, run.run(), run.progress)
+
+
+def _logged_steps(folder: Path) -> int:
+    """Steps in the log of a run that is to be made again; 0 where there is none that can be read."""
+    try:
+        return max((record.env_steps for record in LogReader(folder / "log").iterate()), default=0)
+    except StartError:
+        return 0
 
 
 class _Signals:
@@ -78,13 +92,22 @@ class _Signals:
 class _VirtualSession:
     """What the processes of a wall-clock run do, in the slack of the virtual driver."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, learner: LearnerSide, checkpoint: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        learner: LearnerSide,
+        checkpoint: Checkpoint | None,
+        tape: Sequence[Action],
+    ) -> None:
         spec, settings = plan.task.spec, plan.settings
         saved = checkpoint.counters["extra"] if checkpoint is not None else {}
         self.progress = Progress(plan, folder)
         self._plan, self._folder, self._learner = plan, folder, learner
         self._host = learner.actor(Start())()
-        self._actor = TapedActor(self._host.actor, folder.path / "tape.bin", keep_bytes=saved.get("tape_bytes", 0))
+        self._actor = TapedActor(
+            self._host.actor, folder.path / TAPE, played=tape, keep_bytes=saved.get("tape_bytes", 0)
+        )
         self._crc = 0  # of all steps and ends of episodes
         self._ticks = 0
         self._playing = False
@@ -111,10 +134,13 @@ class _VirtualSession:
         self._saved_ns = monotonic_ns()
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif plan.resume is not None:
+            folder.go_on(settings, {"metrics.jsonl": 0, "episodes.jsonl": 0})
 
     def run(self) -> Result:
         """All cycles; Ctrl-C ends the run in order."""
-        code, error = EXIT_OK, None
+        code = EXIT_OK
+        error: RelodError | None = None
         signals = _Signals()
         with open_view() as view, signals.caught():
             try:
@@ -127,11 +153,16 @@ class _VirtualSession:
                         self._take(self._cycle.interrupt("interrupted"))
                         break
             except RelodError as caught:
-                code, error = caught.exit_code, caught
-                self._take(self._cycle.interrupt("safety stop"))
+                error = caught
+                with contextlib.suppress(RelodError):  # the same once more
+                    self._take(self._cycle.interrupt("safety stop"))
         self.progress.report("device", {"stopped_cleanly": 1.0})  # a plant that nobody advances stands
-        self._learned()
-        self.progress.write_metrics(None)
+        try:
+            self._learned()
+            self.progress.write_metrics(None)
+        except RelodError as caught:
+            error = error or caught
+        code = code if error is None else error.exit_code
         summary = self.progress.summary(None) | {"exit_code": code, "error": str(error) if error else ""}
         return Result(summary=summary, exit_code=code, error=error)
 
@@ -215,7 +246,14 @@ class _VirtualSession:
             f" update {checkpoint.counters['updates']}; the world is played to there first",
             file=sys.stderr,
         )
-        self._learner.experience.refill(saved["first_step"])
+        experience = self._learner.experience
+        experience.refill(saved["first_step"])
+        if experience.writer.first_step != saved["first_step"]:
+            raise StartError(
+                f"the log of {self._folder.path} begins at step {experience.writer.first_step}, and the checkpoint"
+                f" needs it from step {saved['first_step']} on",
+                "put back the segments that were removed",
+            )
         self._loop.resume(checkpoint, same_clock=True)
         self._host.actor.load_state(saved["actor"])
         self._host.poll()
@@ -229,5 +267,6 @@ class _VirtualSession:
                 f"the world did not do again what it did in {self._folder.path}",
                 "resume with the versions of relod, numpy and OpenCV that run.json names",
             )
+        self._folder.go_on(self._plan.settings, saved["sizes"])
         lines = self._folder.episodes()
         self.progress.restore(lines, self._cycle.steps, saved["wall_s"])

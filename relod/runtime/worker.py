@@ -172,6 +172,7 @@ class _Worker:
         self._status_ns = self._checkpoint_ns = self._clock.now_ns()
         self._status_updates = loop.updates
         self._checkpoint_updates, self._written_ns = -1, 0
+        self._has_policy = loop.published >= 0  # in a checkpoint: what it went on from
         self._spans = job.spans.writer("worker") if job.spans is not None else None
         job.link.setblocking(False)
         self._news = select.poll()
@@ -190,7 +191,9 @@ class _Worker:
                     self._spans.add(Stage.UPDATE, self._loop.updates, start_ns, now_ns)
             if now_ns - self._status_ns >= STATUS_EVERY_S * NS_PER_S:
                 self._send_status(now_ns)
-            if now_ns - self._checkpoint_ns >= self._job.settings.checkpoint_every_s * NS_PER_S:
+            due = now_ns - self._checkpoint_ns >= self._job.settings.checkpoint_every_s * NS_PER_S
+            # The first policy at once: a run that goes on has the policy that acted, however soon it ended.
+            if due or (self._loop.published >= 0 and not self._has_policy):
                 self._write_checkpoint()
         self._loop.publish_policy()
         self._write_checkpoint()
@@ -214,6 +217,7 @@ class _Worker:
         if self._loop.updates != self._checkpoint_updates:
             write_checkpoint(self._job.checkpoints, self._loop.checkpoint(self._job.extra))
             self._checkpoint_updates, self._written_ns = self._loop.updates, self._clock.now_ns()
+            self._has_policy = self._loop.published >= 0
 
     def _send_status(self, now_ns: int) -> None:
         loop = self._loop

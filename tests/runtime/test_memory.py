@@ -10,10 +10,18 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from relod.config import ReplaySettings
+from relod.config import LogSettings, ReplaySettings
 from relod.errors import EXIT_SETTINGS, SettingsError
 from relod.runtime import memory
-from relod.runtime.memory import GIB, MIB, available_bytes, cgroup_headroom_bytes, check_replay, mem_available_bytes
+from relod.runtime.memory import (
+    GIB,
+    MIB,
+    available_bytes,
+    cgroup_headroom_bytes,
+    check_log,
+    check_replay,
+    mem_available_bytes,
+)
 
 MEMINFO = "MemTotal:       24684092 kB\nMemFree:        22466132 kB\nMemAvailable:   23132504 kB\nHugePages_Total: 0\n"
 AUTO = ReplaySettings()
@@ -160,3 +168,23 @@ def test_the_capacity_that_is_offered_fits(capacity, available, chunk_bytes):
         fitting = int(offered[1])
         assert 512 <= fitting < capacity
         check_replay(table_bytes(fitting, chunk_bytes), fitting, AUTO, available=available)
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_that_cannot_hold_the_replay_is_told_in_one_line():
+    settings = LogSettings(limit_gib=2.0)
+    with pytest.raises(SettingsError) as caught:
+        check_log(78_000, 100_000, settings)
+    assert caught.value.exit_code == EXIT_SETTINGS
+    assert caught.value.message == "log.limit_gib allows 2 GiB, and the replay's 100,000 steps need 7.45 GiB"
+    assert caught.value.hint == "use --set log.limit_gib=7.5, or a smaller replay.capacity"
+    check_log(78_000, 100_000, LogSettings(limit_gib=7.5))
+    check_log(78_000, 100_000, LogSettings(limit_gib=2.0, codec="jpeg"))
+    check_log(78_000, 24_000, settings)
+
+
+def test_a_segment_larger_than_the_log_does_not_fit():
+    with pytest.raises(SettingsError, match=r"allows 1 GiB, .* 1\.01 GiB"):
+        check_log(1_000, 5_000, LogSettings(limit_gib=1.0, segment_mib=512.0))

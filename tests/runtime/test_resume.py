@@ -4,12 +4,18 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from relod.errors import SettingsError, StartError
+from relod.errors import EXIT_SAFETY, SafetyStop, SettingsError, StartError
 from relod.runtime import virtualsession
+from relod.runtime.checkpoint import PUBLISHED_POLICY
+from relod.runtime.learner import LearnerSide
+from relod.runtime.log.writer import LogWriter
 from relod.runtime.modes import Request, resolve, run_robot
+from relod.runtime.plan import Start
 from relod.runtime.rundir import RunFolder
+from relod.runtime.session import find_checkpoint
 from tests.fakes import small_request
 
 STEPS = 330  # with a replay of 512 steps in chunks of 256: one chunk is retired on the way
@@ -176,6 +182,96 @@ def test_a_tape_that_is_too_short(damaged):
         run_robot(go_on(damaged, overrides={"run.steps": 70}))
 
 
+def test_a_tape_that_is_no_tape(damaged):
+    tape = damaged / "tape.bin"
+    tape.write_bytes(b"\x07" * len(tape.read_bytes()))
+    with pytest.raises(StartError, match=r"tape\.bin is damaged: .*without its tape"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_an_episode_that_cannot_be_read(damaged):
+    lines = (damaged / "episodes.jsonl").read_text().splitlines()
+    (damaged / "episodes.jsonl").write_text("\n".join(["x" * len(lines[0]), *lines[1:]]) + "\n")
+    with pytest.raises(StartError, match=r"episodes\.jsonl is damaged"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+@pytest.mark.slow
+def test_a_log_whose_beginning_is_gone(tmp_path):
+    run_robot(start(tmp_path, "log.segment_mib=1", steps=400))
+    folder = run_folder(tmp_path)
+    (folder / "log" / "segment-000001.relodlog").unlink()
+    with pytest.raises(StartError, match="begins at step 3.., and the checkpoint needs it from step 0 on"):
+        run_robot(go_on(folder, overrides={"run.steps": 410}))
+
+
+@pytest.mark.parametrize("name", ["tape.bin", "log/segment-000001.relodlog"])
+def test_what_cannot_go_on_stays_as_it_is(damaged, name):
+    (damaged / name).write_bytes((damaged / name).read_bytes()[:20])
+    before = {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()}
+    with pytest.raises(StartError):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+    assert {path: path.read_bytes() for path in damaged.rglob("*") if path.is_file()} == before
+
+
+def test_without_checkpoints_a_run_is_made_again_and_never_shorter(damaged, capsys):
+    (damaged / "checkpoints").rename(damaged / "elsewhere")
+    segment = damaged / "log" / "segment-000001.relodlog"
+    before = segment.read_bytes()
+    with pytest.raises(SettingsError, match="the run has 60 of 30 steps already"):
+        run_robot(go_on(damaged, overrides={"run.steps": 30}))
+    assert segment.read_bytes() == before
+    assert run_robot(go_on(damaged, overrides={"run.steps": 61})).summary["steps"] == 61
+    assert "no checkpoint: the run and its 60 steps are made again from the seed" in capsys.readouterr().err
+    assert segment.read_bytes()[:20_000] == before[:20_000]
+
+
+def test_a_run_of_another_version_is_told(damaged, capsys):
+    run = json.loads((damaged / "run.json").read_text())
+    (damaged / "run.json").write_text(json.dumps(run | {"relod": "0.0.9"}))
+    resolve(go_on(damaged))
+    assert "was made by relod 0.0.9, and this is" in capsys.readouterr().err
+
+
+def test_the_policy_that_acted_is_there_before_the_worker(damaged):
+    plan = resolve(go_on(damaged))
+    checkpoint = find_checkpoint(plan)
+    assert checkpoint is not None
+    with LearnerSide(plan, damaged, None) as learner:
+        learner.restore(checkpoint)
+        host = learner.actor(Start(step=60, session=1))()
+    assert host.version == (checkpoint.counters["epoch"], checkpoint.counters["published"])
+    acting = [p.detach().numpy().ravel() for p in host._reader.module.parameters()]
+    assert np.array_equal(np.concatenate(acting), checkpoint.tensors[PUBLISHED_POLICY].numpy())
+
+
+def test_a_run_that_diverges_ends_with_its_summary(tmp_path):
+    result = run_robot(start(tmp_path, "agent.critic_lr=1e30", steps=60))
+    assert result.exit_code == EXIT_SAFETY
+    assert "again at update" in str(result.error)
+    assert json.loads((run_folder(tmp_path) / "run.json").read_text())["summary"]["exit_code"] == EXIT_SAFETY
+
+
+def test_a_disk_that_is_full_for_all_files_is_told_once(tmp_path, monkeypatch):
+    def full(what: str):
+        def write(*_, **__):
+            raise SafetyStop(f"{what} is full")
+
+        return write
+
+    monkeypatch.setattr(LogWriter, "append", full("the log"))
+    monkeypatch.setattr(RunFolder, "episode", full("episodes.jsonl"))
+    monkeypatch.setattr(RunFolder, "metrics", full("metrics.jsonl"))
+    result = run_robot(start(tmp_path, steps=60))
+    assert result.exit_code == EXIT_SAFETY
+    assert str(result.error) == "the log is full"
+
+
+def test_a_log_that_cannot_hold_the_replay(tmp_path):
+    with pytest.raises(SettingsError, match=r"log\.limit_gib allows 0\.01 GiB, and the replay's 20,000 steps need"):
+        run_robot(start(tmp_path, "log.limit_gib=0.01", "log.segment_mib=1", "replay.capacity=20000"))
+
+
 def test_a_world_that_does_something_else(damaged):
     settings = damaged / "settings.toml"
     assert "wheel_tau_ms = 60.0" in settings.read_text()
@@ -224,7 +320,7 @@ def test_no_run_folder(tmp_path, content):
 def test_a_folder_somebody_writes_to(short):
     plan = resolve(go_on(short))
     with (
-        RunFolder.reopen(short, plan.settings, {}, sizes=None),
+        RunFolder.reopen(short, plan.settings, {}),
         pytest.raises(StartError, match="another relod writes"),
     ):
         run_robot(go_on(short, overrides={"run.steps": 70}))

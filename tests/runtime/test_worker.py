@@ -23,7 +23,7 @@ from relod.runtime.clock import NS_PER_MS, NS_PER_S, monotonic_ns
 from relod.runtime.policy import PolicyBox, PolicyReader, PolicyWriter
 from relod.runtime.processes import Supervisor
 from relod.runtime.replay import ReplayTable, ReplayWriter
-from relod.runtime.worker import NewsSender, WorkerJob, WorkerStatus, run_worker
+from relod.runtime.worker import NewsSender, WorkerJob, WorkerStatus, _Worker, run_worker
 from tests.runtime.smallrun import AGENT, SPEC, Run, make_table, write_steps
 
 
@@ -58,6 +58,26 @@ def make_job(tmp_path: Path, link: socket.socket, table: ReplayTable, box: Polic
         "checkpoints": tmp_path,
     }
     return WorkerJob(**{**values, **changes})
+
+
+def test_the_first_policy_is_in_a_checkpoint_at_once(tmp_path: Path):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    run = Run()
+    for _ in range(AGENT.init_steps + 10):
+        run.pass_step()
+    found: list[list[int]] = []
+
+    def stop() -> bool:
+        found.append(sorted(int(path.stem.removeprefix("learner-")) for path in tmp_path.glob("*.safetensors")))
+        return len(found) == 4
+
+    with ours, theirs:
+        _Worker(make_job(tmp_path, theirs, make_table(), PolicyBox(1)), run.loop).run(stop)
+        assert found == [[], [1], [1], [1]]  # the next one comes with learner.checkpoint_every_s
+        assert newest_readable(tmp_path).checkpoint is not None
+        found.clear()
+        _Worker(make_job(tmp_path, theirs, make_table(), PolicyBox(1)), run.loop).run(stop)
+        assert found == [[1, 3]] * 4  # it went on with a policy that a checkpoint has
 
 
 def receive_status(link: socket.socket, deadline_ns: int) -> WorkerStatus:
