@@ -32,7 +32,7 @@ Recover = Callable[[], tuple[Learner, Checkpoint | None]]
 class UpdateSchedule:
     """How many updates may be done now. Pure: time is handed in, and all state is the integer `rate_ns`.
 
-    Per step, `updates <= per_step * (env_steps - init_steps)`, where `per_step` is `max_updates_per_step` or one per
+    Per step, `updates <= per_step * (env_steps - update_after)`, where `per_step` is `max_updates_per_step` or one per
     `update_every_steps`, whichever is less. Per second, a token bucket that holds one token and what comes in
     `BURST_S`; `rate_ns` is when it was empty. 0 switches off either of the last two limits.
     """
@@ -40,7 +40,7 @@ class UpdateSchedule:
     def __init__(
         self,
         max_updates_per_step: float,
-        init_steps: int,
+        update_after: int,
         *,
         update_every_steps: float = 0.0,
         max_updates_per_s: float = 0.0,
@@ -49,7 +49,7 @@ class UpdateSchedule:
         self._per_step = max_updates_per_step
         if update_every_steps > 0:
             self._per_step = min(max_updates_per_step, 1 / update_every_steps)
-        self._init_steps = init_steps
+        self._update_after = update_after
         self._token_ns = max(1, round(NS_PER_S / max_updates_per_s)) if max_updates_per_s > 0 else 0
         self._full_ns = self._token_ns + int(BURST_S * NS_PER_S)  # what fills the bucket
 
@@ -70,7 +70,7 @@ class UpdateSchedule:
         return max(0, self.rate_ns + self._token_ns - now_ns)
 
     def _earned(self, env_steps: int, updates: int) -> int:
-        earned = self._per_step * max(0, env_steps - self._init_steps)
+        earned = self._per_step * max(0, env_steps - self._update_after)
         return max(0, int(earned + 1e-9) - updates)
 
     def _empty_ns(self, now_ns: int) -> int:
@@ -120,7 +120,7 @@ class LearnerLoop:
         self._needs = needs
         self._schedule = UpdateSchedule(
             needs.max_updates_per_step,
-            needs.init_steps,
+            needs.update_after,
             update_every_steps=update_every_steps,
             max_updates_per_s=max_updates_per_s,
         )

@@ -27,10 +27,10 @@ from tests.runtime.smallrun import AGENT, SPEC, Run, make_learner
 steps = st.integers(0, 1000)
 
 
-@given(cap=st.floats(0.01, 10), init_steps=st.integers(0, 100), env_steps=steps, updates=st.integers(0, 500))
-def test_the_schedule_never_passes_its_cap_and_always_reaches_it(cap, init_steps, env_steps, updates):
-    due = UpdateSchedule(cap, init_steps).due(env_steps, updates, 0)
-    earned = cap * max(0, env_steps - init_steps)
+@given(cap=st.floats(0.01, 10), update_after=st.integers(0, 100), env_steps=steps, updates=st.integers(0, 500))
+def test_the_schedule_never_passes_its_cap_and_always_reaches_it(cap, update_after, env_steps, updates):
+    due = UpdateSchedule(cap, update_after).due(env_steps, updates, 0)
+    earned = cap * max(0, env_steps - update_after)
     assert due >= 0
     assert due == 0 or updates + due <= earned + 1e-6
     assert updates + due > earned - 1
@@ -128,7 +128,7 @@ def test_updates_follow_the_steps_under_virtual_time():
 def test_the_settings_limits_reach_the_loop():
     assert Run(update_every_steps=4.0).steps(60) == 10
     run = Run(max_updates_per_s=4.0)
-    assert run.steps(60) in (7, 8)  # in the 1.8 s after init_steps, the first one at once
+    assert run.steps(60) in (7, 8)  # in the 1.8 s after update_after, the first one at once
     assert run.loop.idle_ms(1000) <= 250
 
 
