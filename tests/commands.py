@@ -20,7 +20,6 @@ START_LIMIT_S = 60.0
 # Small networks, early updates and short resets: these tests are about processes, not about learning.
 QUICK = (
     *("--set", "agent.init_steps=20"),
-    *("--set", "agent.wander_share=0"),
     *("--set", "agent.batch_size=8"),
     *("--set", "agent.hidden=[32,32]"),
     *("--set", "agent.conv_channels=8"),

@@ -54,8 +54,6 @@ class Needs:
     init_steps: int  # environment steps of uniform random actions
     update_after: int  # environment steps before the first update
     init_hold: int  # cycles for which one of those actions is held
-    wander_share: float  # of the cycles after init_steps that such held actions fill, at first
-    wander_steps: int  # environment steps after init_steps over which that falls to 0
     noise_cycles: float  # correlation time of the policy's noise; 0 = white
     max_updates_per_step: float  # cap on the update-to-data ratio
 
@@ -219,7 +217,7 @@ class TorchActor:
         version = self._source.version
         warming_up = self.steps_done < self._needs.init_steps or version == (0, 0)
         self.steps_done += 1
-        if not self._deterministic and (warming_up or self._held_left > 0 or self._wanders()):
+        if warming_up and not self._deterministic:
             return Action(values=self._random_action(), policy_version=(0, 0))
         values, extras = self._run(observation)
         return Action(values=values, policy_version=version, extras=extras)
@@ -240,13 +238,6 @@ class TorchActor:
         self._rng.bit_generator.state = state["rng"]
         self._held = np.array(state["held"], np.float32)
         self._noise = None if state["noise"] is None else np.array(state["noise"], np.float32)
-
-    def _wanders(self) -> bool:
-        """Whether a held random action begins now; they begin as often as fills the share of cycles they are due."""
-        done = self.steps_done - self._needs.init_steps
-        share = self._needs.wander_share * max(0.0, 1 - done / max(1, self._needs.wander_steps))
-        begins = share / (share + (1 - share) * self._needs.init_hold)
-        return share > 0 and bool(self._rng.random() < begins)
 
     def _random_action(self) -> FloatArray:
         if self._held_left == 0:

@@ -41,23 +41,17 @@ class SacSettings(Section, frozen=True):
     # Looks 200 cycles ahead: at -1 per step, states 400 and 600 cycles from the goal are worth -173 and -190. With
     # 0.99 it would be -98.2 and -99.8, too close to learn from; with 1 a time limit of 667 steps never converges.
     gamma: Annotated[float, Meta(gt=0, le=1, description="discount per action cycle")] = 0.995
-    # In 40 episodes a Create with uniformly random actions finds its target 4 times, with random actions held for 15
-    # cycles 10 times, for 40 cycles 17 times. What the replay does not hold cannot be learned: with 3,000 such steps
-    # one run in 25 goes on without a success, with 1,500 one in five, and those are the ones that learn late.
-    init_steps: Annotated[int, Meta(ge=0, description="steps of random actions at the start of a run")] = 3000
-    init_hold: Annotated[int, Meta(ge=1, description="cycles for which a random action is held")] = 40
+    # In 40 episodes a Create with uniformly random actions finds its target 4 times; with random actions held for 15,
+    # 25, 40, 60 cycles 10, 15, 17, 22 times. What the replay does not hold cannot be learned: of runs with 1,500 steps
+    # held for 40 cycles one in five begins without a success, and those learn late.
+    init_steps: Annotated[int, Meta(ge=0, description="steps of random actions at the start of a run")] = 2000
+    init_hold: Annotated[int, Meta(ge=1, description="cycles for which a random action is held")] = 60
     update_after: Annotated[int, Meta(ge=0, description="steps before the first update, at most init_steps")] = 1000
-    # Held random actions go on between the policy's (Dabney et al. 2021, temporally-extended epsilon-greedy, arXiv
-    # 2006.01782), until the target has been found from everywhere.
-    wander_share: Annotated[
-        float, Meta(ge=0, lt=1, description="share of the cycles after init_steps with held random actions, at first")
-    ] = 0.3
-    wander_steps: Annotated[int, Meta(ge=0, description="steps over which wander_share falls to 0")] = 6000
-    # White noise at 22 Hz moves a robot nowhere. The same noise with a memory of half a second does, and every single
-    # action is distributed as before (Eberhard et al. 2023, "Pink noise is all you need").
+    # White noise at 22 Hz moves a robot nowhere. The same noise with a memory of a second does, and every single action
+    # is distributed as before (cf. Eberhard et al. 2023, "Pink noise is all you need"). docs/algos/experiments.md.
     noise_cycles: Annotated[
         float, Meta(ge=0, le=1000, description="correlation time of the policy's noise, in cycles; 0 = white")
-    ] = 10.0
+    ] = 25.0
     # More updates on the same data overfit young replays; As et al. (arXiv 2602.20220) call the ratio decisive.
     max_updates_per_step: Annotated[float, Meta(gt=0, description="cap on updates per environment step")] = 2.0
 
@@ -112,7 +106,6 @@ PAPER: RawSettings = {
         "init_steps": 1000,
         "update_after": 1000,
         "init_hold": 1,
-        "wander_share": 0.0,
         "noise_cycles": 0.0,
         "max_updates_per_step": 1.0,
         "augment": "crop",
@@ -434,8 +427,6 @@ class SacAlgorithm:
             gamma=settings.gamma,
             window=_window(spec, settings),
             init_steps=settings.init_steps,
-            wander_share=settings.wander_share,
-            wander_steps=settings.wander_steps,
             update_after=min(settings.update_after, settings.init_steps),
             init_hold=settings.init_hold,
             noise_cycles=settings.noise_cycles,

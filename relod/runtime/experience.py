@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import SettingsError
 from ..robots.vision import make_shrink
 from ..types import EpisodeEnd, Frame, Image, Step
 from .log.codec import make_codec
@@ -19,7 +20,7 @@ from .memory import check_log, check_replay
 from .plan import Plan
 from .replay import ReplayLayout, ReplayTable, ReplayWriter
 
-__all__ = ["BEGINNING", "Experience"]
+__all__ = ["BEGINNING", "Experience", "check_room"]
 
 FRAMES_KEPT = 256  # 8.5 s of camera: far more than the episode stream can be behind
 MIB = 1 << 20
@@ -35,16 +36,12 @@ class Experience:
         end: where to cut the log of a run that goes on; None keeps all its whole records.
 
     Raises:
-        SettingsError: the replay does not fit into the memory, or a new run's log could not hold it.
         StartError: the log is not that of this task, or damaged where the run goes on.
     """
 
     def __init__(self, plan: Plan, folder: Path, lookahead: int, *, end: LogPosition | None = None) -> None:
         spec, settings = plan.task.spec, plan.settings
         layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
-        check_replay(layout.nbytes, layout.capacity, settings.replay)
-        if plan.resume is None:
-            check_log(layout.step_bytes, layout.capacity, settings.log)
         self.table = ReplayTable(layout)
         self.writer = ReplayWriter(self.table)
         self.send: Callable[[bytes], object] = lambda news: None
@@ -117,6 +114,25 @@ class Experience:
             else:
                 self.send(self.writer.abandon())
         return ends
+
+
+def check_room(plan: Plan) -> None:
+    """Refuse a run that has no room for its replay, before anything is written or moves.
+
+    Raises:
+        SettingsError: the replay does not fit into the memory, or a new run's log could not hold it.
+    """
+    spec, settings = plan.task.spec, plan.settings
+    lookahead = plan.algorithm.needs(spec, settings.agent).n_step
+    layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
+    try:
+        check_replay(layout.nbytes, layout.capacity, settings.replay)
+    except SettingsError as error:
+        if plan.resume is None:
+            raise
+        raise SettingsError(error.message, "free some memory: a resumed run keeps its replay's capacity") from None
+    if plan.resume is None:
+        check_log(layout.step_bytes, layout.capacity, settings.log)
 
 
 def _open_log(plan: Plan, folder: Path, end: LogPosition | None) -> LogWriter:

@@ -67,11 +67,13 @@ def run_robot(request: Request) -> Any:
 
 def local_only(plan: Plan, arguments: tuple[str, ...]) -> Any:
     """Actor in the control process, replay in this process, updates in a worker on this host."""
+    from .experience import check_room
     from .learner import LearnerSide
     from .session import announce, find_checkpoint, new_spans, open_folder, run_wall
     from .virtualsession import run_virtual
 
     announce(plan)
+    check_room(plan)
     checkpoint = find_checkpoint(plan)
     if plan.clock == "virtual":
         return run_virtual(plan, arguments, checkpoint)

@@ -79,7 +79,8 @@ class Plan:
             "task": self.task_name,
             "algorithm": self.algorithm_name,
             "preset": self.preset,
-            "agent settings": repr(msgspec.to_builtins(self.settings.agent)),
+            "seed": str(self.settings.run.seed),
+            **{f"agent.{name}": repr(value) for name, value in msgspec.to_builtins(self.settings.agent).items()},
         }
 
     @property

@@ -49,11 +49,13 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
     for problem in problems:
         print(f"relod: {problem}; going on with {path.name}", file=sys.stderr)
     saved = checkpoint.counters["extra"].get("run", {})
-    for name, wanted in plan.identity.items():
-        if saved.get(name) != wanted:
+    wanted = plan.identity
+    for name in {**wanted, **saved}:
+        if saved.get(name) != wanted.get(name):
+            there, here = saved.get(name, "not known"), wanted.get(name, "not known")
             raise StartError(
-                f"checkpoint {path} belongs to another run: its {name} is {saved.get(name)!r}, not {wanted!r}",
-                "remove it, or resume the run that it came from",
+                f"checkpoint {path} belongs to another run: its {name} is {there}, not {here}",
+                "put back the run's own, or use the version of relod that made it",
             )
     return checkpoint
 
@@ -123,7 +125,7 @@ def _resume(
             progress.add(end)
     newest = learner.experience.newest_frame_id
     next_episode = max([known, *(end.episode for end in ends), learner.experience.newest_episode]) + 1
-    learned = "the learner begins anew: it had no checkpoint yet"
+    learned = "the learner begins anew: there is no checkpoint"
     if checkpoint is not None:
         learned = f"its learner at update {checkpoint.counters['updates']}"
     print(

@@ -60,8 +60,6 @@ def make_needs(
         init_steps=init_steps,
         update_after=init_steps,
         init_hold=init_hold,
-        wander_share=wander_share,
-        wander_steps=4000,
         noise_cycles=noise_cycles,
         max_updates_per_step=1.0,
     )
@@ -117,14 +115,6 @@ def test_noise_is_standard_normal_and_remembers_for_as_long_as_asked(cycles):
     assert abs(noise.std() - 1.0) < 0.1
     wanted = np.exp(-1 / cycles) if cycles else 0.0
     assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1] - wanted) < 0.03
-
-
-def test_held_random_actions_go_on_and_fade_away():
-    actor = make_actor(needs=make_needs(centre_window(HW), init_hold=20, wander_share=0.4))
-    wandering = np.array([actor.act(observe()).policy_version == (0, 0) for _ in range(8000)])
-    assert 0.25 < wandering[:1000].mean() < 0.5
-    assert 0.02 < wandering[2000:4000].mean() < 0.25
-    assert not wandering[4100:].any()
 
 
 @pytest.mark.parametrize("acted", [0, 2, 9])

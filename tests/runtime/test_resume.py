@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from relod.errors import EXIT_SAFETY, SafetyStop, SettingsError, StartError
-from relod.runtime import virtualsession
+from relod.runtime import memory, virtualsession
 from relod.runtime.checkpoint import PUBLISHED_POLICY
 from relod.runtime.learner import LearnerSide
 from relod.runtime.log.writer import LogWriter
@@ -164,7 +164,14 @@ def test_no_readable_checkpoint(damaged):
 def test_a_checkpoint_of_another_run(damaged):
     settings = damaged / "settings.toml"
     settings.write_text(settings.read_text().replace("hidden = [16]", "hidden = [24]"))
-    with pytest.raises(StartError, match="belongs to another run: its agent settings"):
+    with pytest.raises(StartError, match=r"belongs to another run: its agent\.hidden is \(16,\), not \(24,\);"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
+
+
+def test_a_checkpoint_of_another_seed(damaged):
+    settings = damaged / "settings.toml"
+    settings.write_text(settings.read_text().replace("seed = 4", "seed = 5"))
+    with pytest.raises(StartError, match="belongs to another run: its seed is 4, not 5"):
         run_robot(go_on(damaged, overrides={"run.steps": 70}))
 
 
@@ -270,6 +277,13 @@ def test_a_disk_that_is_full_for_all_files_is_told_once(tmp_path, monkeypatch):
 def test_a_log_that_cannot_hold_the_replay(tmp_path):
     with pytest.raises(SettingsError, match=r"log\.limit_gib allows 0\.01 GiB, and the replay's 20,000 steps need"):
         run_robot(start(tmp_path, "log.limit_gib=0.01", "log.segment_mib=1", "replay.capacity=20000"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_to_go_on(damaged, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    with pytest.raises(SettingsError, match=r"the machine has 0\.00 GiB available.*; free some memory: a resumed run"):
+        run_robot(go_on(damaged, overrides={"run.steps": 70}))
 
 
 def test_a_world_that_does_something_else(damaged):

@@ -41,7 +41,7 @@ RESET_LIMIT_S = 3.0
 
 # An approach takes 15 cycles, not hundreds. After 4,000 steps, seed 0: 91 % of a scripted controller's return; with
 # 0.995, 1000 and 15, which suit Create-Reacher, 34 %.
-AGENT: RawSettings = {"gamma": 0.97, "init_steps": 500, "init_hold": 5, "noise_cycles": 0.0, "wander_share": 0.0}
+AGENT: RawSettings = {"gamma": 0.97, "init_steps": 500, "init_hold": 5, "noise_cycles": 0.0}
 
 
 class TrackSettings(Section, frozen=True):
