@@ -93,6 +93,9 @@ def _wheels(left: float, right: float) -> Action:
     return Action(values=np.clip(np.array([left, right], np.float32), -1.0, 1.0))
 
 
+HOLDS = (15, 25, 40, 60)  # cycles; SAC's own warm-up holds for the last
+
+
 def behaviours(settings: Settings) -> dict[str, Callable[[int], Actor]]:
     """Each behaviour by name; built from a seed."""
 
@@ -101,8 +104,7 @@ def behaviours(settings: Settings) -> dict[str, Callable[[int], Actor]]:
 
     return {
         "uniform": functools.partial(uniform, 1),
-        "held for 15 cycles": functools.partial(uniform, 15),
-        "held for 40 cycles": functools.partial(uniform, 40),
+        **{f"held for {hold} cycles": functools.partial(uniform, hold) for hold in HOLDS},
         "scripted search": lambda seed: Script(settings.task.target_hsv_low, settings.task.target_hsv_high),
     }
 

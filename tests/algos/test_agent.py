@@ -48,9 +48,7 @@ class Echo(nn.Module):
         return torch.stack([images[:, -1, 0, 0, 0].float(), noise[:, 0]], -1), proprio
 
 
-def make_needs(
-    window: Window, init_steps: int = 0, init_hold: int = 1, noise_cycles: float = 0.0, wander_share: float = 0.0
-) -> Needs:
+def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1, noise_cycles: float = 0.0) -> Needs:
     return Needs(
         replay=True,
         batch_size=4,
