@@ -387,7 +387,7 @@ def log_export(
     if as_json:
         _print_json(index)
     else:
-        print(f"{len(index['episodes'])} files of steps and index.json in {out}")
+        print(f"episodes: {len(index['episodes'])}, in {out} with index.json")
 
 
 @app.command()

@@ -170,7 +170,7 @@ def test_the_start_of_a_bounded_log_may_be_in_mid_episode(tmp_path):
 def test_export_writes_an_npz_per_episode_and_an_index(told, run, tmp_path):
     code, out, err = told("export", run, "--out", tmp_path / "out")
     assert (code, err) == (EXIT_OK, "")
-    assert out.startswith("3 files of steps")
+    assert out.startswith("episodes: 3, in ")
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["spec"]["task"] == "fake"
     assert [entry["name"] for entry in index["episodes"]] == [f"stream-0-episode-{n:06}" for n in range(3)]
