@@ -23,6 +23,7 @@ from .rundir import disk_errors, write_atomic
 
 __all__ = [
     "FORMAT",
+    "KEPT",
     "PUBLISHED_POLICY",
     "Checkpoint",
     "Counters",

@@ -6,12 +6,14 @@ Both hold the same pixels. A run that goes on fills its replay from the log agai
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import SettingsError
 from ..robots.vision import make_shrink
 from ..types import EpisodeEnd, Frame, Image, Step
+from .checkpoint import KEPT
 from .log.codec import make_codec
 from .log.format import EncodedFrame, LogPosition, LogSpec
 from .log.reader import LogReader
@@ -52,6 +54,7 @@ class Experience:
         self._codec = make_codec(settings.log.codec, settings.log.jpeg_quality, image_hw=spec.image_hw)
         self._images: dict[int, Image] = {}
         self._encoded: dict[int, EncodedFrame] = {}
+        self._pinned: deque[int] = deque(maxlen=KEPT)  # first steps of what the checkpoints need
         self._folder = folder / "log"
         self.log = _open_log(plan, self._folder, end)
 
@@ -80,8 +83,12 @@ class Experience:
             self.send(self.writer.append(message, self._images))
         else:
             self.log.close_episode(message, self._encoded)
-            self.log.keep_from(self.writer.first_step)
+            self.log.keep_from(min([self.writer.first_step, *self._pinned]))
             self.send(self.writer.close_episode(message, self._images))
+
+    def pin(self, first_step: int) -> None:
+        """Keep the log from that step on, for a checkpoint that goes on from there."""
+        self._pinned.append(first_step)
 
     def cut(self) -> None:
         """The open episode's outcome is not known."""

@@ -224,6 +224,7 @@ class _VirtualSession:
         self._saved_ns = monotonic_ns()
         experience = self._learner.experience
         experience.log.sync()
+        experience.pin(experience.writer.first_step)
         self._learner.save(
             self._loop,
             {
@@ -248,6 +249,7 @@ class _VirtualSession:
         )
         experience = self._learner.experience
         experience.refill(saved["first_step"])
+        experience.pin(saved["first_step"])
         if experience.writer.first_step != saved["first_step"]:
             raise StartError(
                 f"the log of {self._folder.path} begins at step {experience.writer.first_step}, and the checkpoint"

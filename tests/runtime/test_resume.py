@@ -48,6 +48,17 @@ def kill_at(monkeypatch, tick: int) -> None:
     monkeypatch.setattr(virtualsession._VirtualSession, "_take", take)
 
 
+def save_at(monkeypatch, tick: int) -> None:
+    real = virtualsession._VirtualSession._on_tick
+
+    def on_tick(self, *arguments):
+        real(self, *arguments)
+        if not self._playing and self._ticks == tick:
+            self._save()
+
+    monkeypatch.setattr(virtualsession._VirtualSession, "_on_tick", on_tick)
+
+
 def run_folder(root: Path) -> Path:
     return (root / "latest").resolve()
 
@@ -95,6 +106,26 @@ def test_killed_and_resumed_is_never_killed(whole, tmp_path, monkeypatch, ticks)
     assert result.summary["steps"] == STEPS
     assert result.summary["returns"] == [line["return"] for line in whole["episodes"]]
     assert content(run_folder(tmp_path)) == whole
+
+
+@pytest.mark.slow
+def test_a_log_that_was_shortened_still_holds_what_the_checkpoint_needs(tmp_path, monkeypatch):
+    small = ("log.segment_mib=1", "log.limit_gib=0.007", "agent.init_steps=9000", "agent.update_after=9000")
+    rare = (*small, "learner.checkpoint_every_s=1e9")
+    whole = tmp_path / "whole"
+    run_robot(start(whole, *rare, steps=5000))
+    assert not (run_folder(whole) / "log" / "segment-000001.relodlog").exists()
+    with monkeypatch.context() as patch:
+        kill_at(patch, 12_000)
+        save_at(patch, 2500)  # the replay moves on by several segments after that
+        with pytest.raises(Killed):
+            run_robot(start(tmp_path / "killed", *rare, steps=5000))
+    folder = run_folder(tmp_path / "killed")
+    assert run_robot(go_on(folder)).exit_code == 0
+    assert (folder / "tape.bin").read_bytes() == (run_folder(whole) / "tape.bin").read_bytes()
+    assert learner_state(max((folder / "checkpoints").iterdir())) == learner_state(
+        max((run_folder(whole) / "checkpoints").iterdir())
+    )
 
 
 @pytest.mark.slow
