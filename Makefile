@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ARGS ?=
 
-.PHONY: run test check format bench clean
+.PHONY: run test check format bench curves clean
 
 run: $(STAMP)
 	$(BIN)/relod robot --task create --mode local-only $(RUN_ARGS)
@@ -34,6 +34,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/virtual_speed.py
 	$(BIN)/python benchmarks/stopping.py
 	$(BIN)/python benchmarks/realtime.py
+
+# The README's first picture: three runs in real time, 45 minutes.
+curves: $(STAMP)
+	$(BIN)/python benchmarks/learning.py --clock wall --seeds 0,1,2 --minutes 9
+	$(BIN)/relod plot out/learning --out docs/learning-curves.svg --reference "scripted search=-83" \
+		--reference "random, held 60 cycles=-441" --reference "uniformly random=-603"
 
 # constraints.txt pins what was tested; remove it from the line to try newer releases.
 $(STAMP): pyproject.toml constraints.txt

@@ -16,7 +16,7 @@ from relod.robots.track.task import TRACK
 SMALL = (
     *("task.camera_height=24", "task.camera_width=32", "task.image_height=24", "task.image_width=32"),
     *("agent.conv_channels=16", "agent.conv_strides=[2,1]", "agent.shift_px=1", "agent.hidden=[128,128]"),
-    *("agent.gamma=0.97", "agent.init_steps=300", "agent.init_hold=5"),
+    *("agent.gamma=0.97", "agent.init_steps=300", "agent.init_hold=5", "agent.max_updates_per_step=1"),
     *("agent.actor_lr=1e-3", "agent.critic_lr=1e-3", "agent.alpha_lr=1e-3"),
     *("replay.capacity=4096", "learner.threads=1"),
 )
