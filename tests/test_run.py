@@ -217,9 +217,10 @@ def test_killed_altogether_and_resumed(tmp_path: Path) -> None:
     messages = [record.message for record in reader.iterate()]
     taken = [message for message in messages if isinstance(message, Step)]
     after = taken[steps:]
-    # From its first cycle on the robot acts by the policy it had, in a new epoch: nothing fresh, nothing random.
-    assert {step.policy_version[0] for step in after} == {before.counters["epoch"] + 1}
-    assert after[0].policy_version[1] >= before.counters["published"]
+    # From its first cycle on the robot acts by the policy it had, later by newer ones: nothing fresh, nothing random.
+    epoch = before.counters["epoch"]
+    assert {step.policy_version[0] for step in after} <= {epoch, epoch + 1}
+    assert after[0].policy_version[1] == before.counters["published"]
     assert after[0].episode > taken[steps - 1].episode
     assert min(after[0].frame_ids) > max(taken[steps - 1].frame_ids)
     assert relod(tmp_path, "log", "verify", str(folder)).returncode == 0
