@@ -12,24 +12,22 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from virtual_episodes import virtual_episodes
 
 from relod.config import Settings, load
 from relod.robots import registry
-from relod.robots.registry import load_attribute
-from relod.robots.vision import cv2, make_shrink
+from relod.robots.vision import cv2
 from relod.runtime.clock import NS_PER_S, monotonic_ns
 from relod.runtime.curve import bootstrap_interval
-from relod.runtime.cycle import Cycle
 from relod.runtime.modes import world_settings
 from relod.runtime.provenance import describe
-from relod.runtime.virtual import VirtualRun, World
 from relod.seeds import random_stream
-from relod.types import Action, Actor, EpisodeEnd, Observation, Task
+from relod.types import Action, Actor, Observation
 
 # The script. Looks of the arena are drawn so that at most 0.5 % of a picture without the target has its colour; from
 # the far wall the target fills about 2.5 %.
@@ -109,33 +107,11 @@ def behaviours(settings: Settings) -> dict[str, Callable[[int], Actor]]:
     }
 
 
-def episodes(settings: Settings, entry: registry.TaskEntry, actor: Actor, seed: int) -> Iterator[EpisodeEnd]:
-    """Episodes of one run in virtual time, as they end; without limit."""
-    task: Task = entry.build(settings.task)
-    world: World = load_attribute(entry.world, "the simulated world")(settings.sim, seed, task.spec, NS_PER_S)
-    cycle = Cycle(
-        task=task,
-        actor=actor,
-        safety=settings.safety,
-        rng=random_stream(seed, "reset"),
-        shrink=make_shrink(task.spec.image_hw),
-    )
-    run = VirtualRun(
-        cycle=cycle,
-        world=world,
-        spec=task.spec,
-        sensor_names=entry.sensor_names,
-        on_frames=lambda frames: None,
-        on_tick=lambda now_ns, inputs, tick: None,
-    )
-    return (tick.end for tick in run.ticks() if tick.end is not None)
-
-
 def sample(settings: Settings, entry: registry.TaskEntry, actor: Actor, seed: int, count: int) -> list[dict[str, Any]]:
     """The first `count` episodes of a run, as plain values."""
     return [
         {"seed": seed, "return": end.return_, "length": end.length, "success": end.success}
-        for end in itertools.islice(episodes(settings, entry, actor, seed), count)
+        for end in itertools.islice(virtual_episodes(entry, settings, seed, lambda world: actor), count)
     ]
 
 

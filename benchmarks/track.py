@@ -8,6 +8,7 @@ of random actions. Writes JSON with machine, versions and commit.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import statistics
@@ -19,17 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from virtual_episodes import virtual_episodes
 
 from relod.config import load
 from relod.robots.track.rig import LOW_MM
-from relod.robots.track.task import TRACK, Track
-from relod.robots.track.world import WORLDS, Scene, VirtualTrack
-from relod.robots.vision import make_shrink
-from relod.runtime.clock import NS_PER_S
-from relod.runtime.cycle import Cycle
+from relod.robots.track.task import TRACK
+from relod.robots.track.world import WORLDS, Scene
 from relod.runtime.provenance import describe
-from relod.runtime.virtual import VirtualRun
-from relod.seeds import random_stream
 from relod.types import Action, FloatArray, Observation
 
 GAIN_PER_MM = 0.08  # action by distance left, and less of it the faster the rig already is
@@ -74,25 +71,8 @@ def random_actions(seed: int, hold: int) -> Controller:
 def returns(controller: Controller, *, episodes: int, seed: int, world: str = "nominal") -> list[float]:
     """Returns of a controller in virtual time."""
     settings = load(TRACK.sections(), presets=[WORLDS[world]])
-    task = Track(settings.task)
-    virtual = VirtualTrack(settings.sim, seed, task.spec, NS_PER_S)
-    cycle = Cycle(
-        task=task,
-        actor=Scripted(virtual.scene, controller),
-        safety=settings.safety,
-        rng=random_stream(seed, "reset"),
-        shrink=make_shrink(task.spec.image_hw),
-        max_steps=episodes * task.spec.max_steps,
-    )
-    run = VirtualRun(
-        cycle=cycle,
-        world=virtual,
-        spec=task.spec,
-        sensor_names=TRACK.sensor_names,
-        on_frames=lambda frames: None,
-        on_tick=lambda now_ns, inputs, tick: None,
-    )
-    return [tick.end.return_ for tick in run.ticks() if tick.end is not None]
+    ends = virtual_episodes(TRACK, settings, seed, lambda virtual: Scripted(virtual.scene, controller))
+    return [end.return_ for end in itertools.islice(ends, episodes)]
 
 
 def learn(seed: int, minutes: float, arguments: list[str]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ RobotOption = Annotated[
 CameraOption = Annotated[
     str | None, typer.Option(help="Camera: sim, a V4L2 device (0, /dev/video0) or an MJPEG URL.", metavar="SOURCE")
 ]
+MjpegOption = Annotated[
+    int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
+]
+WorldOption = Annotated[str, typer.Option(help="ideal, nominal or harsh.")]
+SeedOption = Annotated[int, typer.Option(min=0)]
 LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]
 MixedOption = Annotated[
     bool, typer.Option("--allow-mixed", help="Allow a real robot with a simulated camera, or the other way round.")
@@ -243,14 +248,12 @@ def check(
 def emulate_create(
     link: Annotated[Path | None, typer.Option(help="Make this symbolic link to the port.")] = None,
     control: Annotated[Path | None, typer.Option(help="Unix socket for fault injection (JSON lines).")] = None,
-    mjpeg_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
-    ] = 0,
+    mjpeg_port: MjpegOption = 0,
     wheel_log: Annotated[
         Path | None, typer.Option(help="Write what the wheels did, with stamps, as JSON lines at the end.")
     ] = None,
-    world: Annotated[str, typer.Option(help="ideal, nominal or harsh.")] = "nominal",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    world: WorldOption = "nominal",
+    seed: SeedOption = 0,
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:
@@ -275,11 +278,9 @@ def emulate_create(
 @emulate.command("track")
 def emulate_track(
     link: Annotated[Path | None, typer.Option(help="The rig's socket; in a temporary folder if not given.")] = None,
-    mjpeg_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
-    ] = 0,
-    world: Annotated[str, typer.Option(help="ideal, nominal or harsh.")] = "nominal",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    mjpeg_port: MjpegOption = 0,
+    world: WorldOption = "nominal",
+    seed: SeedOption = 0,
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:

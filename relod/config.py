@@ -316,17 +316,13 @@ def to_dict(settings: Settings) -> dict[str, dict[str, Any]]:
     return msgspec.to_builtins(settings)  # type: ignore[no-any-return]
 
 
-def flatten(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """Every setting as (dotted name, plain value)."""
-
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    yield from walk(to_dict(settings), "")
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a tree of settings, as `to_dict` gives it or a file holds it, with its dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def to_toml(settings: Settings) -> str:

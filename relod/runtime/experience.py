@@ -30,21 +30,19 @@ BEGINNING = LogPosition(segment=0, offset=0, env_steps=0)  # where a log is cut 
 
 
 class Experience:
-    """Log and replay of a run; a context manager. `send` gets the news for whoever samples the replay.
+    """Log and replay of a run. `send` gets the news for whoever samples the replay.
 
     Args:
         folder: the run's folder.
-        lookahead: the longest n-step window.
         end: where to cut the log of a run that goes on; None keeps all its whole records.
 
     Raises:
         StartError: the log is not that of this task, or damaged where the run goes on.
     """
 
-    def __init__(self, plan: Plan, folder: Path, lookahead: int, *, end: LogPosition | None = None) -> None:
+    def __init__(self, plan: Plan, folder: Path, *, end: LogPosition | None = None) -> None:
         spec, settings = plan.task.spec, plan.settings
-        layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
-        self.table = ReplayTable(layout)
+        self.table = ReplayTable(_layout(plan))
         self.writer = ReplayWriter(self.table)
         self.send: Callable[[bytes], object] = lambda news: None
         self.dropped = 0  # steps and ends of episodes without their frames
@@ -57,12 +55,6 @@ class Experience:
         self._pinned: deque[int] = deque(maxlen=KEPT)  # first steps of what the checkpoints need
         self._folder = folder / "log"
         self.log = _open_log(plan, self._folder, end)
-
-    def __enter__(self) -> Experience:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.log.close()
 
     def add_frame(self, frame: Frame) -> None:
         """Keep a camera frame, at the agent's size, for the steps that will name it."""
@@ -129,9 +121,7 @@ def check_room(plan: Plan) -> None:
     Raises:
         SettingsError: the replay does not fit into the memory, or a new run's log could not hold it.
     """
-    spec, settings = plan.task.spec, plan.settings
-    lookahead = plan.algorithm.needs(spec, settings.agent).n_step
-    layout = ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
+    settings, layout = plan.settings, _layout(plan)
     try:
         check_replay(layout.nbytes, layout.capacity, settings.replay)
     except SettingsError as error:
@@ -140,6 +130,12 @@ def check_room(plan: Plan) -> None:
         raise SettingsError(error.message, "free some memory: a resumed run keeps its replay's capacity") from None
     if plan.resume is None:
         check_log(layout.step_bytes, layout.capacity, settings.log)
+
+
+def _layout(plan: Plan) -> ReplayLayout:
+    spec, settings = plan.task.spec, plan.settings
+    lookahead = plan.algorithm.needs(spec, settings.agent).n_step
+    return ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead)
 
 
 def _open_log(plan: Plan, folder: Path, end: LogPosition | None) -> LogWriter:

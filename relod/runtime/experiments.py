@@ -16,10 +16,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..config import flatten
 from ..errors import SettingsError, StartError
 from .curve import MEAN_EPISODES, Episode, read_episodes
 
-__all__ = ["HEAD", "Group", "Run", "describe", "find_runs", "group_runs", "phrase"]
+__all__ = ["HEAD", "Group", "Run", "describe", "find_runs", "group_runs", "one_of", "phrase"]
 
 REACHED_SHARE = 0.6  # of the last episodes; the minute at which it comes says how soon a run learned
 LISTED_SETTINGS = 4  # in a label; what else differs is counted
@@ -139,16 +140,8 @@ def _read_run(folder: Path) -> Run | None:
         raise StartError(f"run folder {folder} is damaged: {error}", "name other runs") from error
     if not episodes:
         return None
-    identity = {**msgspec.structs.asdict(record), **dict(_flat(settings))}
+    identity = {**msgspec.structs.asdict(record), **{name: str(value) for name, value in flatten(settings)}}
     return Run(folder=folder, seed=seed, finished="summary" in whole, identity=identity, episodes=episodes)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", str(value)
 
 
 # -- grouping ----------------------------------------------------------------------------------------------------
@@ -156,8 +149,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]
 
 def group_runs(runs: Sequence[Run], grouping: str = "auto") -> list[Group]:
     """The runs by experiment, or with "none" each by itself, in the order they came; labels say what differs."""
-    if grouping not in GROUPINGS:
-        raise SettingsError(f"unknown --group {grouping!r}", f"known: {', '.join(GROUPINGS)}")
+    one_of(grouping, GROUPINGS, "--group")
     alone = grouping == "none"
     by_key: dict[Any, list[Run]] = {}
     for run in runs:
@@ -192,6 +184,12 @@ def _label(identity: Mapping[str, str], everyone: Sequence[Mapping[str, str]]) -
 def phrase(name: str, value: str) -> str:
     """A fact of the head in words."""
     return f"{value} {name}" if name in ("clock", "world") else value
+
+
+def one_of(value: str, known: Sequence[str], what: str) -> None:
+    """`SettingsError` when the value is none of those known."""
+    if value not in known:
+        raise SettingsError(f"unknown {what} {value!r}", f"known: {', '.join(known)}")
 
 
 def _differs(name: str, identities: Sequence[Mapping[str, str]]) -> bool:

@@ -46,7 +46,7 @@ class LearnerSide:
         spec, settings = plan.task.spec, plan.settings
         self.needs = plan.algorithm.needs(spec, settings.agent)
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
-        self.experience = Experience(plan, folder, self.needs.n_step, end=end)
+        self.experience = Experience(plan, folder, end=end)
         self._box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
         self._link: socket.socket | None = None
         self._epoch = 0

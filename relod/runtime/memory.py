@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ..config import LogSettings, ReplaySettings
 from ..errors import SettingsError
+from .replaytable import CHUNK_STEPS
 
 __all__ = ["available_bytes", "cgroup_headroom_bytes", "check_log", "check_replay", "mem_available_bytes"]
 
 AUTO_SHARE = 0.6  # of what is available; networks, torch in two processes and the page cache of the log want the rest
-CHUNK_STEPS, SPARE_CHUNKS = 256, 3  # of a replay: one being filled, one retired ahead, one begun by the last steps
+SPARE_CHUNKS = 3  # of a replay: one being filled, one retired ahead, one begun by the last steps
 LEAST_STEPS = 512  # least `replay.capacity`
-JPEG_SHARE = (
-    1 / 14
-)  # of the raw pixels, at quality 90 and 160x120: the least measured, so that only what is too much is
+# Of the raw pixels, at quality 90 and 160x120: the least measured, so that only what is too much for sure is refused.
+JPEG_SHARE = 1 / 14
 LAPTOP_STEPS = 16_000  # capacity of the profile `laptop`
 MIB, GIB = 1 << 20, 1 << 30
 

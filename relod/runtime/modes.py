@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from .. import __version__
-from ..config import Section, Settings, describe, flatten, load
+from ..config import Section, Settings, describe, flatten, load, to_dict
 from ..errors import SettingsError, StartError
 from ..robots import registry
 from ..robots.registry import TaskEntry
@@ -212,7 +212,7 @@ def _resumed_settings(request: Request, sections: Mapping[str, type[Section]], f
     """The run's own settings, with what one session may change."""
     own = load(sections, file=folder / "settings.toml")
     settings = _load(request, sections, file=folder / "settings.toml")
-    old, new = (dict(flatten(tree)) for tree in (own, settings))
+    old, new = (dict(flatten(to_dict(found))) for found in (own, settings))
     for name, value in new.items():
         if value != old[name] and not name.startswith(MAY_CHANGE):
             raise SettingsError(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import SettingsError, StartError
 from .curve import MEAN_EPISODES, bootstrap_interval, running_mean
-from .experiments import HEAD, Group, Run, phrase
+from .experiments import HEAD, Group, Run, one_of, phrase
 
 __all__ = ["PlotOptions", "Reference", "parse_reference", "write_picture"]
 
@@ -57,8 +57,8 @@ class PlotOptions:
     references: tuple[Reference, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of(self.x, tuple(X_AXES), "--x")
-        _one_of(self.out.suffix, FORMATS, "ending of --out")
+        one_of(self.x, tuple(X_AXES), "--x")
+        one_of(self.out.suffix, FORMATS, "ending of --out")
 
 
 def parse_reference(text: str) -> Reference:
@@ -71,11 +71,6 @@ def parse_reference(text: str) -> Reference:
     if not name.strip() or not np.isfinite(number):
         raise SettingsError(f"--reference {text!r} is not NAME=VALUE", 'for example "held random=-398"')
     return Reference(name=name.strip(), value=number)
-
-
-def _one_of(value: str, known: Sequence[str], what: str) -> None:
-    if value not in known:
-        raise SettingsError(f"unknown {what} {value!r}", f"known: {', '.join(known)}")
 
 
 def write_picture(groups: Sequence[Group], options: PlotOptions) -> None:

@@ -16,7 +16,7 @@ from ..types import TaskSpec
 from .clock import NS_PER_S
 from .tensors import shared_tensor
 
-__all__ = ["ReplayLayout", "ReplayNews", "ReplayTable"]
+__all__ = ["CHUNK_STEPS", "ReplayLayout", "ReplayNews", "ReplayTable"]
 
 CHUNK_STEPS = 256
 SPARE_FRAMES = 0.03  # share of frames that a camera may deliver beyond its rate before a chunk ends early

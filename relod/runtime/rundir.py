@@ -41,7 +41,7 @@ from .clock import utc_seconds
 from .spans import SPAN, Stage
 from .tensorboard import EventWriter
 
-__all__ = ["EpisodeLine", "RunFolder", "disk_errors", "read_run", "sync_folder", "write_atomic"]
+__all__ = ["Appender", "EpisodeLine", "RunFolder", "disk_errors", "read_run", "sync_folder", "write_atomic"]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPANS_LIMIT_BYTES = 256 << 20  # about four hours of a 45 ms cycle with its 5 ms sentinel
@@ -85,15 +85,20 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-class _Appender:
-    """Appends whole records to a file: one that does not fit is taken back, so no file ends in half a line."""
+class Appender:
+    """Appends whole records to a file: one that does not fit is taken back, so no file ends in half a record.
 
-    def __init__(self, path: Path) -> None:
+    Every method raises `OSError`; so does making one with `new` where there is such a file already.
+    """
+
+    def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        exclusive = os.O_EXCL if new else 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | exclusive | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.size_bytes = os.fstat(self._fd).st_size
 
     def append(self, data: bytes) -> None:
+        """Write all of it, or nothing."""
         rest = memoryview(data)
         try:
             while rest:
@@ -109,7 +114,12 @@ class _Appender:
         self.size_bytes = min(self.size_bytes, size_bytes)
         os.ftruncate(self._fd, self.size_bytes)
 
+    def sync(self) -> None:
+        """Wait until it is on the disk."""
+        os.fsync(self._fd)
+
     def close(self) -> None:
+        """Close the file."""
         os.close(self._fd)
 
 
@@ -149,9 +159,9 @@ class RunFolder:
         self._lock = _lock(path)
         self._run = run
         self._events = events
-        self._metrics = _Appender(path / "metrics.jsonl")
-        self._episodes = _Appender(path / "episodes.jsonl")
-        self._spans = _Appender(path / "spans.bin")
+        self._metrics = Appender(path / "metrics.jsonl")
+        self._episodes = Appender(path / "episodes.jsonl")
+        self._spans = Appender(path / "spans.bin")
 
     @classmethod
     def create(cls, name: str, settings: Settings, run: Mapping[str, JsonValue]) -> RunFolder:
@@ -293,7 +303,7 @@ class RunFolder:
     ) -> None:
         self.close()
 
-    def _append_line(self, appender: _Appender, record: Mapping[str, JsonValue]) -> None:
+    def _append_line(self, appender: Appender, record: Mapping[str, JsonValue]) -> None:
         if not self.failed:
             with self._guarded(appender.path):
                 appender.append(_encode(record) + b"\n")

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relod.errors import SafetyStop, StartError
-from relod.runtime.log import writer as writer_module
 from relod.runtime.log.codec import make_codec
 from relod.runtime.log.format import EncodedFrame, LogPosition, LogSpec, SegmentHeader, find_segments, read_header
 from relod.runtime.log.reader import LogReader
@@ -47,7 +46,7 @@ def synced():
     """The descriptors that were synced; a busy disk would take most of the time of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         fds: list[int] = []
-        patch.setattr(writer_module.os, "fsync", fds.append)
+        patch.setattr(os, "fsync", fds.append)
         yield fds
 
 
@@ -76,7 +75,7 @@ def fail_writes(monkeypatch, *, after_bytes: int = 1) -> None:
             return system_write(fd, bytes(data[: left.pop()]))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer_module.os, "write", failing)
+    monkeypatch.setattr(os, "write", failing)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def test_a_failed_sync_of_a_full_segment_is_told(folder, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer_module.os, "fsync", failing)
+        patched.setattr(os, "fsync", failing)
         write(writer, episodes((1,)))  # the second segment is begun, and the first one's sync fails
         with pytest.raises(SafetyStop, match="Input/output error"):
             writer.sync()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relod.errors import StartError
-from relod.runtime.log import writer as writer_module
 from relod.runtime.log.format import (
     EncodedFrame,
     Kind,
@@ -45,7 +45,7 @@ CALLS = interleaved(episodes((5, 1, 8, 3, 9)), episodes((4, 4, 11, 2), stream=7)
 @pytest.fixture(autouse=True, scope="module")
 def _no_syncs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module.os, "fsync", lambda fd: None)
+        patch.setattr(os, "fsync", lambda fd: None)
         yield
 
 

@@ -8,7 +8,6 @@ cut. The format is in `format.py`, reading in `reader.py`.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import TypeAlias
 
 from ...errors import SafetyStop, StartError
 from ...types import EpisodeEnd, Image, Step
-from ..rundir import disk_errors
+from ..rundir import Appender, disk_errors, sync_folder
 from .codec import make_codec
 from .format import (
     EncodedFrame,
@@ -45,44 +44,36 @@ Frames: TypeAlias = Mapping[int, Image | EncodedFrame]  # by id; an `Image` in r
 class _OpenSegment:
     """The segment that is being written."""
 
-    def __init__(self, path: Path, number: int, fd: int) -> None:
-        self.path, self.number, self.fd = path, number, fd
-        self.size_bytes = 0
+    def __init__(self, file: Appender, number: int) -> None:
+        self.file, self.number = file, number
         self.has_records = False  # beside the header
         self.frames: dict[tuple[int, int], int] = {}  # captured_ns of the frames it holds, by stream and id
 
     @classmethod
     def create(cls, folder: Path, header: SegmentHeader) -> _OpenSegment:
-        path = folder / segment_name(header.segment)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        segment = cls(path, header.segment, fd)
+        file = Appender(folder / segment_name(header.segment), new=True)
         try:
-            segment.append(pack_header(header))
+            file.append(pack_header(header))
         except OSError:
-            os.close(fd)
-            path.unlink(missing_ok=True)
+            file.close()
+            file.path.unlink(missing_ok=True)
             raise
-        segment.has_records = False
-        return segment
+        return cls(file, header.segment)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.file.size_bytes
 
     def append(self, data: bytes) -> None:
         """Write all of it or, with an `OSError`, nothing."""
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self.fd, rest) :]
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self.fd, self.size_bytes)
-            raise
-        self.size_bytes += len(data)
+        self.file.append(data)
         self.has_records = True
 
     def sync_and_close(self) -> None:
         try:
-            os.fsync(self.fd)
+            self.file.sync()
         finally:
-            os.close(self.fd)
+            self.file.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +155,8 @@ class LogWriter:
         last = surveys[-1]
         full = deque(_FullSegment(survey.path, survey.end, survey.env_steps) for survey in surveys[:-1])
         with disk_errors(last.path, StartError):
-            fd = os.open(last.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        segment = _OpenSegment(last.path, last.header.segment, fd)
-        segment.size_bytes, segment.has_records, segment.frames = last.end, last.has_records, last.frames
+            segment = _OpenSegment(Appender(last.path), last.header.segment)
+        segment.has_records, segment.frames = last.has_records, last.frames
         return cls(
             folder,
             spec,
@@ -203,12 +193,8 @@ class LogWriter:
             return
         with self._guarded():
             self._finish_syncing()
-            os.fsync(self._open.fd)
-            folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder_fd)
-            finally:
-                os.close(folder_fd)
+            self._open.file.sync()
+            sync_folder(self._folder)
 
     def close(self) -> None:
         """Sync and close; call it once. Raises `SafetyStop` as `sync` does."""
@@ -216,7 +202,7 @@ class LogWriter:
             self.sync()
         finally:
             self._syncer.shutdown()
-            os.close(self._open.fd)
+            self._open.file.close()
 
     def keep_from(self, env_step: int) -> None:
         """Allow the size limit to delete segments all of whose steps are older than the run's step `env_step`.
@@ -297,7 +283,7 @@ class LogWriter:
             header = SegmentHeader(segment=full.number + 1, env_steps=self.env_steps, spec=self.spec)
             self._open = _OpenSegment.create(self._folder, header)
             self._syncing = self._syncer.submit(full.sync_and_close)
-        self._full.append(_FullSegment(full.path, full.size_bytes, self.env_steps))
+        self._full.append(_FullSegment(full.file.path, full.size_bytes, self.env_steps))
         self._full_bytes += full.size_bytes
 
     def _finish_syncing(self) -> None:
@@ -318,7 +304,7 @@ class LogWriter:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
-            with disk_errors(self._open.path):
+            with disk_errors(self._open.file.path):
                 yield
         except SafetyStop:
             self.failed = True
