@@ -24,8 +24,8 @@ from relod.robots import registry
 from relod.robots.vision import cv2
 from relod.runtime.clock import NS_PER_S, monotonic_ns
 from relod.runtime.curve import bootstrap_interval
-from relod.runtime.modes import world_settings
 from relod.runtime.provenance import describe
+from relod.runtime.request import world_settings
 from relod.seeds import random_stream
 from relod.types import Action, Actor, Observation
 

@@ -51,6 +51,10 @@ MjpegOption = Annotated[
 WorldOption = Annotated[str, typer.Option(help="ideal, nominal or harsh.")]
 SeedOption = Annotated[int, typer.Option(min=0)]
 LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]
+TokenOption = Annotated[
+    Path | None,
+    typer.Option(help="File with the token that robot and learner share; or set RELOD_TOKEN.", metavar="FILE"),
+]
 MixedOption = Annotated[
     bool, typer.Option("--allow-mixed", help="Allow a real robot with a simulated camera, or the other way round.")
 ]
@@ -155,6 +159,25 @@ def robot(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run, in its folder and with its settings.", metavar="RUN")
     ] = None,
+    learner: Annotated[
+        str | None,
+        typer.Option(help="Where the learner is, for the remote modes: ws://HOST:PORT or wss://.", metavar="URL"),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="This robot's name among those of the learner; the host's if not given.")
+    ] = None,
+    token_file: TokenOption = None,
+    ca: Annotated[Path | None, typer.Option("--ca", help="Certificate to trust, for wss://.", metavar="FILE")] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="Emulate the way to it: ethernet, wifi-good, wifi-busy or wifi-bad.", metavar="PROFILE"),
+    ] = None,
+    image_codec: Annotated[
+        str | None, typer.Option(help="How camera images are kept and sent: raw or jpeg. Default: raw.")
+    ] = None,
+    policy_sync: Annotated[
+        str | None, typer.Option(help="When a newer policy is applied: step or episode. Default: step.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="End after this many environment steps, counted from the run's beginning.")
     ] = None,
@@ -169,9 +192,17 @@ def robot(
     as_json: JsonOption = False,
 ) -> None:
     """Drive a robot and learn. With no --robot the world is simulated behind the robot's real wire protocol."""
-    from .runtime.modes import Request, run_robot
+    from .runtime.modes import run_robot
+    from .runtime.request import Request
 
-    overrides = {"run.steps": steps, "run.minutes": minutes, "run.seed": seed, "learner.device": device}
+    overrides = {
+        "run.steps": steps,
+        "run.minutes": minutes,
+        "run.seed": seed,
+        "learner.device": device,
+        "log.codec": image_codec,
+        "link.policy_sync": policy_sync,
+    }
     request = Request(
         task=task,
         mode=mode,
@@ -184,6 +215,11 @@ def robot(
         world=world,
         clock=clock,
         resume=resume,
+        learner=learner,
+        name=name,
+        token_file=token_file,
+        ca=ca,
+        link=link,
         config=config,
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
@@ -200,12 +236,90 @@ def robot(
 
 
 @app.command()
+def learner(
+    listen: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 means every one of this host.", metavar="HOST:PORT")
+    ] = "0.0.0.0:8765",
+    algorithm: Annotated[
+        str | None,
+        typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with this learner's run, in its folder.", metavar="RUN")
+    ] = None,
+    token_file: TokenOption = None,
+    cert: Annotated[Path | None, typer.Option(help="Certificate for wss://, with --key.", metavar="FILE")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key.", metavar="FILE")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="End after this many environment steps of all robots together.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="End after this many minutes of experience of all robots together.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")] = None,
+    device: Annotated[str | None, typer.Option(help="Torch device, for example cpu or cuda:0.")] = None,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn for robots in the modes remote-local and remote-only, any number of them, on this or other hosts."""
+    from .runtime.learnersession import LearnerRequest, run_learner
+
+    overrides = {"run.steps": steps, "run.minutes": minutes, "run.seed": seed, "learner.device": device}
+    result = run_learner(
+        LearnerRequest(
+            listen=listen,
+            algorithm=algorithm,
+            preset=preset,
+            profile=profile,
+            resume=resume,
+            token_file=token_file,
+            cert=cert,
+            key=key,
+            config=config,
+            environment=dict(os.environ),
+            assignments=tuple(assignments or ()),
+            overrides={name: value for name, value in overrides.items() if value is not None},
+            arguments=tuple(sys.argv[1:]),
+        )
+    )
+    if as_json:
+        _print_json(result.summary)
+    if result.error is not None:
+        print(f"relod: {result.error}", file=sys.stderr)
+    _end(result.exit_code)
+
+
+@app.command()
+def audit(
+    robot_run: Annotated[Path, typer.Argument(help="The robot's run folder.")],
+    learner_run: Annotated[Path, typer.Argument(help="The learner's run folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare what a robot sent with what its learner has: nothing missing, doubled, out of order or different."""
+    from .runtime.audit import audit as compare
+
+    report = compare(robot_run, learner_run)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print("\n".join(report.lines()))
+    _end(report.exit_code)
+
+
+@app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="Run folder of a run made with --record.")],
     as_json: JsonOption = False,
 ) -> None:
     """Feed a recorded run through the cycle again and compare every command and transition."""
-    from .runtime.recording import replay_run
+    from .runtime.playback import replay_run
 
     report = replay_run(folder)
     if as_json:
@@ -401,7 +515,11 @@ def modes(as_json: JsonOption = False) -> None:
         _print_json({"modes": table})
         return
     for row in table:
-        print(f"{row['mode']:14}acts: {row['acts']:45}learns: {row['learns']}")
+        print(row["mode"])
+        for title, what in (("acts", row["acts"]), ("learns", row["learns"])):
+            print(f"  {title:12}{what}")
+        for title, names in (("on robot", row["on_robot"]), ("on learner", row["on_learner"])):
+            print(f"  {title:12}{', '.join(names) or 'nothing'}")
 
 
 @app.command()
@@ -419,3 +537,46 @@ def settings(
         return
     for name, default, text in rows:
         print(f"{name} = {default!r}\n    {text}")
+
+
+bench = typer.Typer(help="Measure this machine, as a user would use it.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("latency")
+def bench_latency(
+    task: TaskOption = "create",
+    modes: Annotated[
+        str, typer.Option(help="Modes to run, in turn.", metavar="MODE,...")
+    ] = "local-only,remote-local,remote-only",
+    link: Annotated[
+        str | None,
+        typer.Option(help="Emulate the way to the learner; as for `relod robot`.", metavar="PROFILE"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of cycles in each mode; starting takes 10 to 20 more.")] = 20,
+    seed: SeedOption = 0,
+    learner: Annotated[
+        str | None,
+        typer.Option(help="A learner that runs already; if not given, one is started on this host.", metavar="URL"),
+    ] = None,
+    token_file: TokenOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the modes in turn for real, simulated robot included, and show what each does to the cycle."""
+    from .runtime.benchlatency import LatencyRequest, run_latency
+
+    request = LatencyRequest(
+        task=task,
+        modes=tuple(modes.split(",")),
+        link=link,
+        seconds=seconds,
+        seed=seed,
+        learner=learner,
+        token_file=token_file,
+        assignments=tuple(assignments or ()),
+    )
+    document, code = run_latency(request, sys.argv[1:])
+    if as_json:
+        _print_json(document)
+    _end(code)

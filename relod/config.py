@@ -57,6 +57,10 @@ class SafetySettings(Section, frozen=True):
     stall_limit_s: Annotated[
         float, Meta(gt=0, description="how long sensors or camera may stay away before the run ends")
     ] = 20.0
+    # A held action is repeated, and recorded as what was done.
+    max_unanswered: Annotated[
+        int, Meta(ge=0, le=10, description="cycles in a row that go on without an action from a learner that acts")
+    ] = 2
     max_restarts: Annotated[int, Meta(ge=0, description="restarts of one child process before the run ends")] = 5
 
 
@@ -103,13 +107,49 @@ class ReplaySettings(Section, frozen=True):
 class LogSettings(Section, frozen=True):
     """The experience log, the record a run is resumed from."""
 
-    # 160x120 pixels raw are 78 kB a step, 6.2 GB an hour. JPEG is a tenth of it; actor and replay then differ by it.
-    codec: Annotated[Literal["raw", "jpeg"], Meta(description="how frames are kept")] = "raw"
+    # 160x120 pixels raw are 78 kB a step, 6.2 GB an hour. JPEG is a tenth of it; what it loses, the actor loses too.
+    codec: Annotated[Literal["raw", "jpeg"], Meta(description="how frames are kept and sent")] = "raw"
     jpeg_quality: Annotated[int, Meta(ge=1, le=100, description="of log.codec jpeg")] = 90
     segment_mib: Annotated[float, Meta(ge=1, le=4096, description="size of one file, in MiB")] = 64.0
     limit_gib: Annotated[
         float, Meta(gt=0, description="size of all files, in GiB; the oldest that the replay can spare are deleted")
     ] = 16.0
+
+
+class LinkSettings(Section, frozen=True):
+    """The robot's end of the link to a learner."""
+
+    wait_s: Annotated[
+        float, Meta(ge=0, description="how long to wait for a learner, at the start or one that vanished")
+    ] = 300.0
+    # Four pings go unanswered before a link counts as cut: 1 s, of which a busy WiFi's stalls take a half.
+    ping_every_s: Annotated[float, Meta(gt=0, le=10, description="time between two pings")] = 0.25
+    silence_s: Annotated[float, Meta(gt=0, le=60, description="silence after which the link counts as cut")] = 1.0
+    retry_s: Annotated[float, Meta(gt=0, le=60, description="longest pause between two attempts to connect")] = 0.3
+    outbox_mib: Annotated[
+        float, Meta(ge=1, description="experience not yet acknowledged that is kept in memory, in MiB")
+    ] = 128.0
+    spool_gib: Annotated[
+        float, Meta(ge=0, description="experience beyond that which is kept on disk, in GiB; then the robot waits")
+    ] = 4.0
+    drain_s: Annotated[float, Meta(ge=0, description="how long the end of a run waits for its last acks")] = 30.0
+    policy_sync: Annotated[
+        Literal["step", "episode"], Meta(description="when a newer policy is applied: at any step, or between episodes")
+    ] = "step"
+
+
+class ServerSettings(Section, frozen=True):
+    """The learner's end of the links."""
+
+    max_robots: Annotated[int, Meta(ge=1, le=1024, description="robots connected at a time")] = 32
+    max_connections: Annotated[int, Meta(ge=1, description="connections at a time, robots or not")] = 128
+    hello_s: Annotated[float, Meta(gt=0, le=60, description="time a client has to say who it is")] = 5.0
+    silence_s: Annotated[float, Meta(gt=0, le=60, description="silence after which a robot counts as gone")] = 2.0
+    max_mib_per_s: Annotated[float, Meta(gt=0, description="most a robot may send, in MiB/s on average over 10 s")] = (
+        200.0
+    )
+    # Robots only run a policy: half precision moves its actions by less than a thousandth, and halves the bytes.
+    precision: Annotated[Literal["float16", "float32"], Meta(description="of the policies sent to robots")] = "float16"
 
 
 class Settings(Section, frozen=True):
@@ -121,6 +161,8 @@ class Settings(Section, frozen=True):
     learner: LearnerSettings = LearnerSettings()
     replay: ReplaySettings = ReplaySettings()
     log: LogSettings = LogSettings()
+    link: LinkSettings = LinkSettings()
+    server: ServerSettings = ServerSettings()
     task: Any = Section()
     robot: Any = Section()
     sim: Any = Section()

@@ -210,8 +210,8 @@ class Task(Protocol):
 class Actor(Protocol):
     """Answers observations. Exploration noise comes from the generator it was built with."""
 
-    def act(self, observation: Observation) -> Action:
-        """The action for `observation`; must not block."""
+    def act(self, observation: Observation) -> Action | None:
+        """The action for `observation`, or None when it will come later (`Cycle.answer`); must not block."""
         ...
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,22 @@ from relod.robots.create2.faultport import ask
 RELOD = (sys.executable, "-m", "relod")
 START_LIMIT_S = 60.0
 # Small networks, early updates and short resets: these tests are about processes, not about learning.
-QUICK = (
+QUICK_LEARNER = (
     *("--set", "agent.init_steps=20"),
     *("--set", "agent.batch_size=8"),
     *("--set", "agent.hidden=[32,32]"),
     *("--set", "agent.conv_channels=8"),
     *("--set", "replay.capacity=2000"),
     *("--set", "run.metrics_every_s=0.25"),
+)
+QUICK_ROBOT = (
+    *("--set", "run.metrics_every_s=0.25"),
     *("--set", "task.back_off_min_s=0.2"),
     *("--set", "task.back_off_max_s=0.3"),
     *("--set", "task.turn_min_s=0.2"),
     *("--set", "task.turn_max_s=0.3"),
 )
+QUICK = (*QUICK_LEARNER, *QUICK_ROBOT)
 
 
 class Emulator:
@@ -71,13 +75,14 @@ def emulator(folder: Path, *arguments: str) -> Iterator[Emulator]:
         running.process.stdout.close()
 
 
-class Run:
-    """`relod robot` as a process, its run folders in `folder`."""
+class Command:
+    """A `relod` command as a process that prints a JSON document at its end, its run folders in `folder`/runs."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, name: str = "", prefix: Sequence[str] = ()) -> None:
         self.folder = folder / "runs"
-        self._out, self._err = (folder / "stdout").open("w+"), (folder / "stderr").open("w+")
-        command = [*RELOD, "robot", "--json", "--set", f"run.folder={self.folder}", *QUICK, *arguments]
+        self._out, self._err = (folder / f"stdout{name}").open("w+"), (folder / f"stderr{name}").open("w+")
+        where = () if "--resume" in arguments else ("--set", f"run.folder={self.folder}")
+        command = [*prefix, *RELOD, *arguments, "--json", *where]
         self.process = subprocess.Popen(command, stdout=self._out, stderr=self._err, cwd=folder)
 
     def wait(self, limit_s: float = 60.0) -> int:
@@ -94,6 +99,38 @@ class Run:
     def messages(self) -> str:
         self._err.seek(0)
         return self._err.read()
+
+    def wait_for_message(self, text: str) -> str:
+        """Until it has said so; the whole line."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            for line in self.messages().splitlines():
+                if text in line:
+                    return line
+            assert self.process.poll() is None, self.messages()
+            assert time.monotonic() < deadline, f"never said {text!r}: {self.messages()}"
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """SIGKILL for it and all its children."""
+        for pid in (*children(self.process.pid).values(), self.process.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self._out.close()
+        self._err.close()
+
+
+class Run(Command):
+    """`relod robot`."""
+
+    def __init__(self, folder: Path, *arguments: str, quick: Sequence[str] = QUICK, **options: Any) -> None:
+        super().__init__(folder, "robot", *quick, *arguments, **options)
 
     def pid_of(self, name: str) -> int:
         """Process id of a child by its name, for example `control`."""
@@ -126,21 +163,40 @@ class Run:
         except (OSError, IndexError, ValueError):
             return 0
 
-    def close(self) -> None:
-        for pid in (*children(self.process.pid).values(), self.process.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.process.wait()
-        self._out.close()
-        self._err.close()
+
+class Learner(Command):
+    """`relod learner`; on a free port of the loopback unless it is told otherwise."""
+
+    def __init__(self, folder: Path, *arguments: str, listen: str = "127.0.0.1:0", **options: Any) -> None:
+        quick = () if "--resume" in arguments else QUICK_LEARNER
+        super().__init__(folder, "learner", "--listen", listen, *quick, *arguments, **options)
+        self.url = self.wait_for_message("listening at").split()[-1]
+
+    @property
+    def run_folder(self) -> Path:
+        """Of the run it made."""
+        return Path(self.wait_for_message("run folder").split()[-1])
 
 
 @contextmanager
-def robot(folder: Path, *arguments: str) -> Iterator[Run]:
+def learner(folder: Path, *arguments: str, **options: Any) -> Iterator[Learner]:
+    """A learner that is gone after the block, with its worker."""
+    running = Learner(folder, *arguments, **options)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def resumed(folder: Path, run: Path, **options: Any) -> AbstractContextManager[Learner]:
+    """A learner that goes on with its run."""
+    return learner(folder, "--resume", str(run), **options)
+
+
+@contextmanager
+def robot(folder: Path, *arguments: str, **options: Any) -> Iterator[Run]:
     """A run that is gone after the block, with all its children."""
-    running = Run(folder, *arguments)
+    running = Run(folder, *arguments, **options)
     try:
         yield running
     finally:

@@ -16,7 +16,7 @@ from relod.config import SafetySettings
 from relod.robots.limits import symmetric
 from relod.runtime.clock import NS_PER_MS, NS_PER_S
 from relod.runtime.cycle import Cycle, Inputs, Tick
-from relod.runtime.modes import Request
+from relod.runtime.request import Request
 from relod.types import Action, Command, Frame, Limits, Observation, Outcome, Reset, SensorWindow, TaskSpec
 
 CYCLE_NS = 40 * NS_PER_MS
@@ -98,7 +98,17 @@ class ScriptedActor:
     def act(self, observation: Observation) -> Action:
         value = self.values[min(len(self.observations), len(self.values) - 1)]
         self.observations.append(observation)
+        return self.action(value)
+
+    def action(self, value: float) -> Action:
         return Action(values=np.array([value], np.float32), policy_version=self.policy_version)
+
+
+class DistantActor(ScriptedActor):
+    """Answers later, when `Bench.answer` hands its actions over."""
+
+    def act(self, observation: Observation) -> None:
+        self.observations.append(observation)
 
 
 @dataclass
@@ -154,21 +164,26 @@ class Bench:
         self.epoch = 1.0
         self.ticks: list[Tick] = []
 
-    def tick(self, *, packet: bool = True, frame: bool = True, age_ns: int = 5 * NS_PER_MS) -> Tick:
+    def tick(self, *, packet: bool = True, frame: bool = True, age_ns: int = 5 * NS_PER_MS, hold: str = "") -> Tick:
         """The next cycle; what arrives is `age_ns` old."""
         self.now_ns += CYCLE_NS
         if packet:
             self.senses.packet(self.now_ns - age_ns, self.epoch)
         if frame:
             self.senses.frame(self.now_ns - age_ns)
-        self.ticks.append(self.cycle.tick(self.now_ns, self.senses.inputs()))
+        self.ticks.append(self.cycle.tick(self.now_ns, replace(self.senses.inputs(), hold=hold)))
         return self.ticks[-1]
 
-    def go(self, cycles: int, **senses: bool) -> Tick:
+    def answer(self, value: float, asked: int = -1, after_ms: float = 5.0) -> Command | None:
+        """Hand over the answer to an observation, the newest one if not another, some time into the cycle."""
+        asked_ns = self.actor.observations[asked].now_ns
+        return self.cycle.answer(self.actor.action(value), asked_ns, self.now_ns + int(after_ms * NS_PER_MS))
+
+    def go(self, cycles: int, **senses: Any) -> Tick:
         """That many ticks; returns the last."""
         return [self.tick(**senses) for _ in range(cycles)][-1]
 
-    def until(self, phase: object, limit: int = 100, **senses: bool) -> Tick:
+    def until(self, phase: object, limit: int = 100, **senses: Any) -> Tick:
         """Ticks until one is in `phase`."""
         for _ in range(limit):
             tick = self.tick(**senses)

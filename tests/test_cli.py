@@ -207,7 +207,7 @@ def test_modes_as_text_and_as_json(told):
     table = json.loads(out)["modes"]
     assert code == EXIT_OK
     _, text, _ = told("modes")
-    assert [line.split()[0] for line in text.splitlines()] == [row["mode"] for row in table]
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == [row["mode"] for row in table]
 
 
 def test_settings_as_text_and_as_json(told):

@@ -7,6 +7,7 @@ every tensor with its name, type and shape) and `counters`. Nothing in it is exe
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import StartError
+from .plan import LearnerPlan
 from .rundir import disk_errors, write_atomic
 
 __all__ = [
+    "CHECKPOINTS",
     "FORMAT",
     "KEPT",
     "PUBLISHED_POLICY",
     "Checkpoint",
     "Counters",
     "Found",
+    "find_checkpoint",
     "first_not_finite",
     "good_checkpoints",
     "newest_readable",
@@ -35,6 +39,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
+CHECKPOINTS = "checkpoints"  # within a run's folder
 FORMAT = 1
 KEPT = 2  # the newest, and the one before it in case the newest is found damaged
 PUBLISHED_POLICY = "published_policy"  # the flat policy `(size,) float32` that acted; absent before the first
@@ -173,3 +178,28 @@ def _digest(tensors: Mapping[str, Tensor], counters: bytes) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def find_checkpoint(plan: LearnerPlan) -> Checkpoint | None:
+    """What a resumed run's learner goes on from; None when the run is new, or ended before its first checkpoint.
+
+    Raises:
+        StartError: no checkpoint can be read, or the newest is of another run.
+    """
+    if plan.resume is None:
+        return None
+    checkpoint, path, problems = newest_readable(plan.resume.folder / CHECKPOINTS)
+    if checkpoint is None or path is None:
+        return None
+    for problem in problems:
+        print(f"relod: {problem}; going on with {path.name}", file=sys.stderr)
+    saved = checkpoint.counters["extra"].get("run", {})
+    wanted = plan.identity
+    for name in {**wanted, **saved}:
+        if saved.get(name) != wanted.get(name):
+            there, here = saved.get(name, "not known"), wanted.get(name, "not known")
+            raise StartError(
+                f"checkpoint {path} belongs to another run: its {name} is {there}, not {here}",
+                "put back the run's own, or use the version of relod that made it",
+            )
+    return checkpoint

@@ -13,27 +13,28 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import uvloop
 
 from ..config import SafetySettings
 from ..errors import SafetyStop
-from ..robots.vision import make_shrink
 from ..seeds import random_stream
-from ..types import Actor, Frame, Task
+from ..types import Actor, Command, Frame, Observation, Task
 from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
 from .device import CommandRing
-from .messages import CycleRecord, encode
+from .log.codec import make_look
+from .messages import MAX_MESSAGE_BYTES, Asked, CycleRecord, decode_answer, encode
 from .plan import Start
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing, SpanWriter, Stage
 
-__all__ = ["ActorHost", "ControlJob", "run_control"]
+__all__ = ["BEGIN", "HOLD", "ActorHost", "ControlJob", "run_control"]
 
+BEGIN, HOLD = "begin", "hold:"  # what the parent tells; a reason follows the latter, or nothing
 OUTBOX_LIMIT = 4096  # messages the parent may be behind, 90 s of steps, before the run is ended
 
 
@@ -69,8 +70,11 @@ class ControlJob:
     frames: FrameRing
     commands: CommandRing
     spans: SpanRing
-    stream: socket.socket  # SOCK_SEQPACKET to the parent: steps and ends of episodes
+    stream: socket.socket  # SOCK_SEQPACKET to the parent: steps, ends of episodes, questions; answers come back
     record: bool
+    codec: str  # of the images that are kept: what it loses, the agent does not see either
+    jpeg_quality: int
+    policy_sync: Literal["step", "episode"]  # when a newer policy may be swapped in
 
 
 def run_control(channel: Channel, job: ControlJob) -> None:
@@ -89,7 +93,7 @@ class _Control:
             actor=self._host.actor,
             safety=job.safety,
             rng=random_stream(job.seed, job.start.stream("reset")),
-            shrink=make_shrink(spec.image_hw),
+            shrink=make_look(job.codec, job.jpeg_quality, image_hw=spec.image_hw),
             max_steps=job.max_steps,
             first_episode=job.start.episode,
             first_step=job.start.step,
@@ -100,6 +104,10 @@ class _Control:
         self._request_id = 0
         self._last: Tick | None = None
         self._reported_ns = 0
+        self._hold = ""  # why no episode may begin
+        self._waiting = False  # for the answer to what the newest cycle asked; its command is not given before
+        self._index = self._deadline_ns = 0  # of the newest cycle
+        self._begin = asyncio.Event()
         job.stream.setblocking(False)
 
     async def run(self) -> None:
@@ -107,9 +115,8 @@ class _Control:
         timer = DeadlineTimer()
         self._job.commands.take_over()
         self._channel.send(Ready())
-        begin = asyncio.Event()
-        finished = asyncio.create_task(self._channel.finished(lambda text: begin.set()), name="finished")
-        waiting = asyncio.create_task(begin.wait(), name="begin")
+        finished = asyncio.create_task(self._channel.finished(self._told), name="finished")
+        waiting = asyncio.create_task(self._begin.wait(), name="begin")
         await asyncio.wait([waiting, finished], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         # Start-up objects live to the end: never walk them again. Collections happen between episodes.
@@ -117,19 +124,27 @@ class _Control:
         gc.freeze()
         gc.disable()
         self._ticker = ticker = Ticker(ticker_period_ns, monotonic_ns() + ticker_period_ns)
-        index = 0
+        asyncio.get_running_loop().add_reader(self._job.stream.fileno(), self._take_answers)
         while not finished.done():
             deadline_ns = ticker.next(monotonic_ns())
-            await timer.wait_until(deadline_ns)
-            index += 1
-            self._serve(index, deadline_ns)
+            await timer.wait_until(deadline_ns)  # answers to the cycle before may come until then
+            self._index, self._deadline_ns = self._index + 1, deadline_ns
+            self._serve(self._index, self._deadline_ns)
             if self._last is not None and self._last.phase is Phase.OVER:
                 break
-        self._leave(index, finished.result() if finished.done() else "")
+        asyncio.get_running_loop().remove_reader(self._job.stream.fileno())
+        self._leave(self._index, finished.result() if finished.done() else "")
         finished.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await finished
         await self._flush()
+
+    def _told(self, text: str) -> None:
+        """The parent's word: begin, or whether episodes may begin."""
+        if text == BEGIN:
+            self._begin.set()
+        elif text.startswith(HOLD):
+            self._hold = text.removeprefix(HOLD)
 
     def _serve(self, index: int, deadline_ns: int) -> None:
         """One cycle."""
@@ -142,15 +157,18 @@ class _Control:
             version = self._host.version
             tick = self._cycle.tick(start_ns, inputs)
         except SafetyStop:
-            self._command(index, deadline_ns, self._cycle.interrupt("safety stop"))
+            self._command(index, deadline_ns, self._cycle.interrupt("safety stop").command)
             self._drain()
             raise
-        self._command(index, deadline_ns, tick)
+        if tick.asked is None or self._waiting:
+            self._command(index, deadline_ns, tick.command)
+        self._waiting = tick.asked is not None
         self._spans.add(Stage.DECIDE, index, sensed_ns, monotonic_ns())
         # From here on the robot has its command; the rest is slack.
         self._stamp_ages(index, start_ns, inputs)
         self._send(start_ns, inputs, tick, version)
-        if self._host.poll():
+        between = self._job.policy_sync == "step" or tick.phase is not Phase.RUNNING
+        if between and self._host.poll():
             self._spans.add(Stage.SWAP, index, sensed_ns, monotonic_ns())
         if tick.end is not None:
             gc.collect()
@@ -166,17 +184,36 @@ class _Control:
             frame = ring.get(frame_id)
             if frame is not None:
                 self._frames.append(frame)
-        return Inputs(window=self._job.sensors.window(self._task.spec.sensor_window), frames=tuple(self._frames))
+        window = self._job.sensors.window(self._task.spec.sensor_window)
+        return Inputs(window=window, frames=tuple(self._frames), hold=self._hold)
 
-    def _command(self, index: int, deadline_ns: int, tick: Tick) -> None:
-        if tick.command.request:
+    def _take_answers(self) -> None:
+        """Actions that come after their deadline; each is a command at once."""
+        while True:
+            try:
+                data = self._job.stream.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                data = b""
+            if not data:  # the parent is gone, as the channel tells too
+                asyncio.get_running_loop().remove_reader(self._job.stream.fileno())
+                return
+            asked_ns, action = decode_answer(data)
+            command = self._cycle.answer(action, asked_ns, monotonic_ns())
+            if command is not None:
+                self._waiting = False
+                self._command(self._index, self._deadline_ns, command)
+
+    def _command(self, index: int, deadline_ns: int, command: Command) -> None:
+        if command.request:
             self._request_id += 1
         self._job.commands.publish(
             tick=index,
             deadline_ns=deadline_ns,
             issued_ns=monotonic_ns(),
-            values=tick.command.values,
-            request=tick.command.request,
+            values=command.values,
+            request=command.request,
             request_id=self._request_id,
         )
 
@@ -193,6 +230,8 @@ class _Control:
             self._outbox.append(encode(tick.step))
         if tick.end is not None:
             self._outbox.append(encode(tick.end))
+        if tick.asked is not None:
+            self._outbox.append(encode(self._question(tick.asked)))
         if tick.event:
             self._channel.send(Event(tick.event))
         self._drain()
@@ -202,6 +241,15 @@ class _Control:
                 f"the parent process has not taken {OUTBOX_LIMIT} messages; the robot was stopped",
                 "is the disk of the run folder slow or full?",
             )
+
+    def _question(self, observation: Observation) -> Asked:
+        return Asked(
+            episode=self._cycle.episode,
+            index=self._cycle.index,
+            frame_ids=observation.frame_ids,
+            proprio=np.ascontiguousarray(observation.proprio, "<f4").tobytes(),
+            now_ns=observation.now_ns,
+        )
 
     def _drain(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -223,7 +271,7 @@ class _Control:
     def _leave(self, index: int, reason: str) -> None:
         if self._cycle.phase is not Phase.OVER:
             tick = self._cycle.interrupt(reason or "interrupted")
-            self._command(index + 1, monotonic_ns(), tick)
+            self._command(index + 1, monotonic_ns(), tick.command)
             if tick.end is not None:
                 self._outbox.append(encode(tick.end))
 
@@ -238,6 +286,7 @@ class _Control:
             "overruns": float(ticker.overruns),
             "skipped": float(ticker.skipped),
             "rejected": float(cycle.rejected),
+            "late": float(cycle.late),
             "torn_reads": float(self._job.sensors.ring.kept + self._job.frames.ring.kept),
         }
         if inputs is not None and len(inputs.window.seq):
@@ -260,4 +309,5 @@ def _record(now_ns: int, inputs: Inputs, tick: Tick, version: tuple[int, int]) -
         command=tick.command.values,
         request=tick.command.request,
         phase=tick.phase.value,
+        hold=inputs.hold,
     )

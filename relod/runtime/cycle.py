@@ -51,6 +51,7 @@ class Inputs:
 
     window: SensorWindow  # newest packets, oldest first; may be short or empty at the start
     frames: tuple[Frame, ...]  # newest frames at full size, oldest first; may be fewer than the task's k
+    hold: str = ""  # why no episode may begin now; empty when one may
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,7 @@ class Tick:
     step: Step | None = None  # the transition that this cycle's senses completed
     end: EpisodeEnd | None = None  # follows the episode's last step
     event: str = ""  # something a person should read
+    asked: Observation | None = None  # the action for this comes by `Cycle.answer`; `command` holds until then
 
 
 class Cycle:
@@ -95,6 +97,7 @@ class Cycle:
         self.index = 0  # of the step in flight
         self.return_ = 0.0
         self.rejected = 0  # actions with NaN or infinity; the robot stood instead
+        self.late = 0  # steps whose own answer came after the next deadline, or never
         self._task, self._actor, self._safety, self._rng, self._shrink = task, actor, safety, rng, shrink
         self._max_steps = max_steps
         self._limits: Limits = task.limits
@@ -104,6 +107,9 @@ class Cycle:
         self._observation: Observation | None = None
         self._action: Action | None = None
         self._acted_ns = 0
+        self._answered_ns = 0  # stamp of the newest observation that was answered
+        self._unanswered = 0  # cycles in a row in which no answer came
+        self._at_tick = self._previous  # the command in force when the cycle began
         self._actions = np.zeros((task.action_history, task.spec.action_dim), np.float32)
         self._reset: Reset | None = None
         self._reset_end_ns = 0
@@ -112,19 +118,30 @@ class Cycle:
 
     def tick(self, now_ns: int, inputs: Inputs) -> Tick:
         """Decide. `SafetyStop` when the senses stay away too long or a reset cannot be done."""
+        self._at_tick = self._previous
         self._take_images(inputs.frames)
         trouble = self._trouble(now_ns, inputs)
-        self._bound_idle_time(now_ns, trouble)
+        self._bound_idle_time(now_ns, trouble, waiting=self.phase is Phase.WAITING and not inputs.hold)
         match self.phase:
             case Phase.RUNNING:
                 return self._interrupted(trouble) if trouble else self._run(now_ns, inputs)
-            case Phase.HOLDING if not trouble:
+            case Phase.HOLDING if not trouble and not inputs.hold:
                 return self._begin_reset(now_ns)
             case Phase.RESETTING if not trouble:
                 return self._go_on_resetting(now_ns, inputs.window)
-            case Phase.WAITING if not trouble and self._all_fresh(inputs):
+            case Phase.WAITING if not trouble and not inputs.hold and self._all_fresh(inputs):
                 return self._begin_episode(now_ns, inputs)
         return self._stand(self.phase)
+
+    def answer(self, action: Action, asked_ns: int, now_ns: int) -> Command | None:
+        """The answer to the observation of `asked_ns`, when the actor gives it later than `tick`: the command.
+
+        The newest answer counts, also when its own cycle is over. None when it is of no use any more.
+        """
+        if self.phase is not Phase.RUNNING or asked_ns <= self._answered_ns:
+            return None
+        self._answered_ns, self._unanswered = asked_ns, 0
+        return self._take(action, now_ns)
 
     def interrupt(self, reason: str) -> Tick:
         """End the run now. The step in flight has no outcome and is dropped; its observation closes the episode."""
@@ -139,14 +156,21 @@ class Cycle:
         self.index, self.return_ = 0, 0.0
         self._actions[:] = 0
         self._epoch = _connection_epoch(inputs.window)
-        return Tick(command=self._act(now_ns, self._observe(now_ns, inputs)), phase=Phase.RUNNING)
+        self._answered_ns, self._unanswered = now_ns - 1, 0  # answers to what was asked before are of no use
+        return self._act(self._observe(now_ns, inputs))
 
     def _run(self, now_ns: int, inputs: Inputs) -> Tick:
         observed, action = self._observation, self._action
         assert observed is not None
-        assert action is not None
+        if self._answered_ns < observed.now_ns:
+            self._unanswered += 1
+            if self._unanswered > self._safety.max_unanswered:
+                return self._interrupted("no action from the learner")
+        if action is None:  # nothing was done yet: the episode begins with what is seen now
+            return self._act(self._observe(now_ns, inputs))
         outcome = self._task.judge(inputs.window, inputs.frames[-1].image, self.index)
         self.steps += 1
+        self.late += self._answered_ns < observed.now_ns
         self.return_ += outcome.reward
         last_of_run = bool(self._max_steps) and self.steps >= self._max_steps
         over = outcome.terminated or outcome.truncated or last_of_run
@@ -168,7 +192,7 @@ class Cycle:
         self._actions = np.concatenate([self._actions, action.values[None]])[1:]
         observation = self._observe(now_ns, inputs)
         if not over:
-            return Tick(command=self._act(now_ns, observation), phase=Phase.RUNNING, step=step)
+            return self._act(observation, step)
         end = self._close(
             observation,
             terminated=outcome.terminated,
@@ -179,14 +203,24 @@ class Cycle:
         self._reset = None
         return self._stand(self.phase, step=step, end=end)
 
-    def _act(self, now_ns: int, observation: Observation) -> Command:
+    def _act(self, observation: Observation, step: Step | None = None) -> Tick:
+        """Ask the actor. Until a later answer comes the command stays as it is."""
+        self._observation, self._acted_ns = observation, observation.now_ns
         action = self._actor.act(observation)
+        if action is None:
+            held = Command(values=self._previous)
+            return Tick(command=held, phase=Phase.RUNNING, step=step, asked=observation)
+        self._answered_ns = observation.now_ns
+        return Tick(command=self._take(action, observation.now_ns), phase=Phase.RUNNING, step=step)
+
+    def _take(self, action: Action, now_ns: int) -> Command:
+        """The command for an action, which is the step's from now on."""
         sane = bool(np.isfinite(action.values).all())
         if not sane:
             action = Action(
                 values=np.zeros_like(action.values), policy_version=action.policy_version, extras=action.extras
             )
-        self._observation, self._action, self._acted_ns = observation, action, now_ns
+        self._action, self._acted_ns, self._previous = action, now_ns, self._at_tick
         if sane:
             return self._limited(self._task.command(action.values), self._limits)
         self.rejected += 1
@@ -283,8 +317,8 @@ class Cycle:
             return "the robot was connected again"
         return ""
 
-    def _bound_idle_time(self, now_ns: int, trouble: str) -> None:
-        idle = self.phase is not Phase.OVER and (bool(trouble) or self.phase is Phase.WAITING)
+    def _bound_idle_time(self, now_ns: int, trouble: str, *, waiting: bool) -> None:
+        idle = self.phase is not Phase.OVER and (bool(trouble) or waiting)
         if not idle:
             self._idle_since_ns = None
             return

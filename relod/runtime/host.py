@@ -11,10 +11,10 @@ import contextlib
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import uvloop
 
@@ -22,9 +22,9 @@ from ..errors import EXIT_OK, RelodError
 from ..types import EpisodeEnd, Frame, Step
 from .camera import CameraJob
 from .clock import NS_PER_S, monotonic_ns
-from .control import ActorHost, ControlJob
+from .control import BEGIN, HOLD, ActorHost, ControlJob
 from .device import CommandRing, DeviceJob
-from .messages import MAX_MESSAGE_BYTES, CycleRecord, decode
+from .messages import MAX_MESSAGE_BYTES, Answered, Asked, CycleRecord, decode, encode
 from .plan import Plan, Start
 from .processes import Child, Supervisor
 from .profile import Profile
@@ -37,31 +37,13 @@ from .spans import SpanRing
 from .view import View, open_view
 from .world import NEW_EPISODE, WorldJob
 
-__all__ = ["ChildSpec", "Result", "RobotHost", "Sink"]
+__all__ = ["ChildSpec", "Events", "Learning", "Result", "RobotHost"]
+
+T = TypeVar("T")
 
 VIEW_PERIOD_S = 0.25
 FRAMES_IN_RING = 128  # 4.3 s at 30 frames/s: longer than this process may be held up, by a disk for example
 WORKER_STOP_LIMIT_S = 30.0  # it finishes its update and writes a checkpoint, at the lowest priority
-
-
-class Sink(Protocol):
-    """Where experience goes: a replay on this host, or a link to another."""
-
-    def add_frame(self, frame: Frame) -> None:
-        """A camera frame, before any step that names it."""
-        ...
-
-    def add(self, message: Step | EpisodeEnd) -> None:
-        """The next step or end of an episode."""
-        ...
-
-    def poll(self) -> dict[str, float | str]:
-        """Figures of the learner since the last call; empty when there are none."""
-        ...
-
-    def finish(self) -> None:
-        """No more experience will come."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +53,62 @@ class ChildSpec:
     name: str
     target: str
     job: Callable[[], Any]
+
+
+class Events(Protocol):
+    """What a `Learning` may tell the robot's host; every call on the loop."""
+
+    def hold(self, reason: str) -> None:
+        """Begin no episode for this reason; an empty one lifts it."""
+        ...
+
+    def answer(self, answer: Answered) -> None:
+        """An action for the control process."""
+        ...
+
+    def event(self, name: str, text: str) -> None:
+        """Something a person should read."""
+        ...
+
+    def end(self, error: RelodError | None) -> None:
+        """End the run: in good order, or with this error."""
+        ...
+
+
+class Learning(Protocol):
+    """Where experience goes and actions come from: a replay and a worker on this host, or a link to another."""
+
+    async def open(self, events: Events) -> Callable[[], ActorHost]:
+        """Be ready for experience; returns what builds the control process's actor. `RelodError` when it cannot."""
+        ...
+
+    def children(self) -> Sequence[ChildSpec]:
+        """The processes it needs."""
+        ...
+
+    def add_frame(self, frame: Frame) -> None:
+        """A camera frame, before any step that names it."""
+        ...
+
+    def add(self, message: Step | EpisodeEnd) -> None:
+        """The next step or end of an episode."""
+        ...
+
+    def ask(self, question: Asked) -> None:
+        """The control process wants an action from elsewhere; it comes by `Events.answer`."""
+        ...
+
+    def poll(self) -> Mapping[str, dict[str, float | str]]:
+        """Figures since the last call, by who they are about, as `Progress.report` takes them."""
+        ...
+
+    async def finish(self) -> None:
+        """No more experience will come: hand over what is left. The robot stands."""
+        ...
+
+    def summary(self) -> dict[str, Any]:
+        """What it adds to the run's JSON document."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,16 +141,15 @@ class RobotHost:
         *,
         plan: Plan,
         folder: RunFolder,
-        build_actor: Callable[[], ActorHost],
-        sink: Sink,
-        children: Sequence[ChildSpec] = (),
+        learning: Learning,
         spans: SpanRing,
         start: Start,
         progress: Progress,
     ) -> None:
         self._start_at = start
-        self._plan, self._folder, self._sink = plan, folder, sink
-        self._build_actor, self._extra = build_actor, children
+        self._plan, self._folder, self._learning = plan, folder, learning
+        self._extra: Sequence[ChildSpec] = ()
+        self._hold = ""
         spec = plan.task.spec
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -142,6 +179,7 @@ class RobotHost:
         self._taken_id = start.frame_id
         self._running = False  # every child is ready
         self._ended = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._signalled: signal.Signals | None = None
         self._error: RelodError | None = None
         self._defect: Exception | None = None
@@ -154,7 +192,7 @@ class RobotHost:
             self._supervisor.close()  # whatever went wrong: a child that lives would keep this process from ending
         if self._defect is not None:
             raise self._defect
-        summary = self.progress.summary(self._profile)
+        summary = self.progress.summary(self._profile) | self._learning.summary()
         code = EXIT_OK
         if self._error is not None:
             code = self._error.exit_code
@@ -185,6 +223,9 @@ class RobotHost:
     async def _start(self, sockets: Path) -> None:
         """Everything that takes long starts at once; what needs an address waits for it."""
         plan, shared, supervisor = self._plan, self._shared, self._supervisor
+        self.progress.phase("connecting")
+        build_actor = await self._unless_ended(self._learning.open(self))
+        self._extra = self._learning.children()
         self.progress.phase("starting")
         children = [
             supervisor.start(
@@ -192,7 +233,7 @@ class RobotHost:
                 "relod.runtime.control:run_control",
                 lambda: ControlJob(
                     build_task=plan.task_builder,
-                    build_actor=self._build_actor,
+                    build_actor=build_actor,
                     safety=plan.settings.safety,
                     seed=plan.settings.run.seed,
                     start=self._start_at,
@@ -203,6 +244,9 @@ class RobotHost:
                     spans=shared.spans,
                     stream=shared.stream_theirs,
                     record=plan.settings.run.record,
+                    codec=plan.settings.log.codec,
+                    jpeg_quality=plan.settings.log.jpeg_quality,
+                    policy_sync=plan.settings.link.policy_sync,
                 ),
             ),
             supervisor.start(
@@ -219,7 +263,8 @@ class RobotHost:
         await self._all_ready(children)
         self.progress.processor(supervisor.cpu_seconds())
         self._running = True
-        supervisor.tell("control", "begin")
+        supervisor.tell("control", HOLD + self._hold)
+        supervisor.tell("control", BEGIN)
 
     async def _start_world(self, sockets: Path) -> tuple[str, str]:
         """The robot's address and the camera's source, simulated where no hardware was named."""
@@ -277,8 +322,12 @@ class RobotHost:
                 task.cancel()
 
     async def _ready(self, child: Child) -> dict[str, str]:
-        """Wait for the child, or for a signal to end the run."""
-        waiting = asyncio.create_task(self._supervisor.wait_ready(child), name=f"wait-{child.name}")
+        """Wait for the child."""
+        return await self._unless_ended(self._supervisor.wait_ready(child))
+
+    async def _unless_ended(self, coming: Coroutine[Any, Any, T]) -> T:
+        """Wait for it, or for whatever ends the run."""
+        waiting = asyncio.create_task(coming)
         ended = asyncio.create_task(self._ended.wait(), name="ended")
         try:
             await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -328,9 +377,8 @@ class RobotHost:
 
     def _close_period(self) -> None:
         self._profile.drain()
-        learned = self._sink.poll()
-        if learned:
-            self.progress.report("worker", learned)
+        for name, values in self._learning.poll().items():
+            self.progress.report(name, values)
         self.progress.profiled(self._profile)
 
     def _guarded(self, take: Callable[[], None]) -> None:
@@ -353,7 +401,7 @@ class RobotHost:
             if frame is None:
                 self.progress.frames_lost += 1
                 continue
-            self._sink.add_frame(frame)
+            self._learning.add_frame(frame)
             if self._recorder is not None:
                 self._recorder.add_frame(frame)
             self.progress.frame(frame)
@@ -375,7 +423,10 @@ class RobotHost:
             if isinstance(message, CycleRecord):
                 continue
             self._take_frames()  # every frame the message names was in the ring before it was sent
-            self._sink.add(message)
+            if isinstance(message, Asked):
+                self._learning.ask(message)
+                continue
+            self._learning.add(message)
             self.progress.add(message)
             if isinstance(message, EpisodeEnd):
                 self._supervisor.tell("world", NEW_EPISODE)
@@ -383,6 +434,30 @@ class RobotHost:
     def _done(self, name: str) -> None:
         if name == "control":
             self._ended.set()
+
+    # -- what the learner's side tells ---------------------------------------------------------------------------------
+
+    def hold(self, reason: str) -> None:
+        """Begin no episode for this reason; an empty one lifts it."""
+        if reason != self._hold:
+            self._hold = reason
+            self.progress.held(reason)
+            if self._running:
+                self._supervisor.tell("control", HOLD + reason)
+
+    def answer(self, answer: Answered) -> None:
+        """Hand an action to the control process, unless that is behind: the next one will be newer."""
+        with contextlib.suppress(OSError):
+            self._shared.stream.send(encode(answer))
+
+    def event(self, name: str, text: str) -> None:
+        """Something a person should read."""
+        self._guarded(lambda: self.progress.event(name, text))
+
+    def end(self, error: RelodError | None) -> None:
+        """End the run: in good order, or with this error."""
+        self._error = self._error or error
+        self._ended.set()
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -398,7 +473,7 @@ class RobotHost:
             self._take_messages()
         if device is not None:
             self._supervisor.listen(device)
-        self._sink.finish()
+        await self._finish_learning()
         await asyncio.gather(
             stop("camera"),
             stop("sentinel"),
@@ -409,6 +484,21 @@ class RobotHost:
         self._guarded(self._close_period)
         if self._recorder is not None:
             self._recorder.close()
+
+    async def _finish_learning(self) -> None:
+        """Hand over what is left, unless a second signal says that there is no time."""
+        finishing = asyncio.create_task(self._learning.finish(), name="finish")
+        hurry = asyncio.create_task(self._hurry.wait(), name="hurry")
+        await asyncio.wait([finishing, hurry], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not finishing.done():
+            finishing.cancel()
+        try:
+            await finishing
+        except asyncio.CancelledError:
+            pass
+        except RelodError as error:
+            self._error = self._error or error
 
     @contextlib.contextmanager
     def _signals(self) -> Any:
@@ -425,6 +515,7 @@ class RobotHost:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled is not None:  # asked twice: do not wait for anybody; the guard sees the robot stopped
             self._supervisor.kill_all()
+            self._hurry.set()
         self._signalled = self._signalled or number
         self.progress.event("relod", f"{number.name}: stopping the robot")
         self._ended.set()

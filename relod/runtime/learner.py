@@ -17,20 +17,18 @@ import torch
 from ..algos.agent import Learner, policy_size
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
-from .checkpoint import PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
+from .checkpoint import CHECKPOINTS, PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
 from .clock import Clock
 from .experience import Experience
 from .log.format import LogPosition
-from .plan import Plan, Start
+from .plan import LearnerPlan, Start
 from .policy import PolicyBox, PolicyWriter
 from .replay import ReplaySampler
 from .spans import SpanRing
 from .updates import LearnerLoop
 from .worker import NewsSender, WorkerJob, WorkerStatus, keep_freed_memory
 
-__all__ = ["CHECKPOINTS", "LearnerSide"]
-
-CHECKPOINTS = "checkpoints"  # within a run's folder
+__all__ = ["LearnerSide"]
 
 STATUS_BYTES = 1 << 16
 
@@ -42,19 +40,27 @@ class LearnerSide:
         end: where to cut the log of a resumed run; None keeps all of it.
     """
 
-    def __init__(self, plan: Plan, folder: Path, spans: SpanRing | None, *, end: LogPosition | None = None) -> None:
-        spec, settings = plan.task.spec, plan.settings
+    def __init__(
+        self, plan: LearnerPlan, folder: Path, spans: SpanRing | None, *, end: LogPosition | None = None
+    ) -> None:
+        spec, settings = plan.spec, plan.settings
         self.needs = plan.algorithm.needs(spec, settings.agent)
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
         self.experience = Experience(plan, folder, end=end)
-        self._box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
+        self.box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
         self._link: socket.socket | None = None
+        self._handed_over: socket.socket | None = None  # the newest worker's end, until it has been spawned
         self._epoch = 0
 
     def __enter__(self) -> LearnerSide:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the log and the link to the worker."""
+        self._close_link()
         self.experience.log.close()
 
     # -- experience ----------------------------------------------------------------------------------------------------
@@ -70,18 +76,28 @@ class LearnerSide:
     def restore(self, checkpoint: Checkpoint | None) -> list[EpisodeEnd]:
         """Go on with a run on the wall clock; returns the episodes that ended in the part of the log that was read.
 
-        The log is whole up to the last record; an episode that was open has no known outcome and is cut there. The
-        policy in force at the checkpoint acts from the first cycle on: the worker may come later than that.
+        The log is whole up to the last record; an episode that was open has no known outcome and is cut there.
         """
-        experience = self.experience
-        ends = experience.refill(max(0, experience.log.env_steps - self._plan.settings.replay.capacity))
-        experience.cut()
+        ends = self.experience.refill(self.refill_from)
+        self.experience.cut()
+        self.adopt(checkpoint)
+        return ends
+
+    @property
+    def refill_from(self) -> int:
+        """The environment step from which on the log has what the replay keeps."""
+        return max(0, self.experience.log.env_steps - self._plan.settings.replay.capacity)
+
+    def adopt(self, checkpoint: Checkpoint | None) -> None:
+        """Go on with the policy in force at the checkpoint; call it after the refill.
+
+        That policy acts from the first cycle on: the worker may come later than that.
+        """
         saved = checkpoint.counters["epoch"] if checkpoint is not None else 0
-        self._epoch = max(saved, experience.newest_epoch)
+        self._epoch = max(saved, self.experience.newest_epoch)
         if checkpoint is not None and PUBLISHED_POLICY in checkpoint.tensors:
             policy = checkpoint.tensors[PUBLISHED_POLICY].numpy()
-            PolicyWriter(self._box).publish(policy, (saved, checkpoint.counters["published"]))
-        return ends
+            PolicyWriter(self.box).publish(policy, (saved, checkpoint.counters["published"]))
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -90,9 +106,9 @@ class LearnerSide:
         plan = self._plan
         return BoxActor(
             algorithm=plan.algorithm_target,
-            spec=plan.task.spec,
+            spec=plan.spec,
             settings=plan.settings.agent,
-            box=self._box,
+            box=self.box,
             seed=plan.settings.run.seed,
             start=start,
             record_to=record_to,
@@ -104,21 +120,20 @@ class LearnerSide:
         """The job of the next worker: with a new link, and one epoch above the last one's."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._close_link()
-        self._link = ours
-        sender = NewsSender(ours)
-        self.experience.send = sender.send
+        self._link, self._handed_over = ours, theirs
+        self._sender, self.experience.send = NewsSender(ours), self._send_news
         self._epoch += 1
-        sender.send(self.experience.writer.reissue())
+        self._send_news(self.experience.writer.reissue())
         plan = self._plan
         return WorkerJob(
             algorithm=plan.algorithm_target,
-            spec=plan.task.spec,
+            spec=plan.spec,
             settings=plan.settings.learner,
             agent=plan.settings.agent,
             seed=plan.settings.run.seed,
             epoch=self._epoch,
             replay=self.experience.table,
-            box=self._box,
+            box=self.box,
             link=theirs,
             checkpoints=self._checkpoints,
             extra={"run": plan.identity},
@@ -130,6 +145,7 @@ class LearnerSide:
         values: dict[str, float | str] = {}
         if self._link is None:
             return values
+        self._close_handed_over()
         try:
             self.experience.send(b"")
             while data := self._link.recv(STATUS_BYTES):
@@ -151,7 +167,13 @@ class LearnerSide:
                 self._close_link()
         self.experience.send = lambda news: None
 
+    def _close_handed_over(self) -> None:
+        if self._handed_over is not None:
+            self._handed_over.close()
+            self._handed_over = None
+
     def _close_link(self) -> None:
+        self._close_handed_over()
         if self._link is not None:
             self._link.close()
         self._link, self.experience.send = None, lambda news: None
@@ -171,7 +193,7 @@ class LearnerSide:
         def build() -> Learner:
             device = torch.device("cpu")
             return plan.algorithm.build_learner(  # type: ignore[no-any-return]
-                plan.task.spec, plan.settings.agent, seed=seed, device=device
+                plan.spec, plan.settings.agent, seed=seed, device=device
             )
 
         return LearnerLoop(
@@ -180,7 +202,7 @@ class LearnerSide:
             self.needs,
             epoch=1,
             seed=seed,
-            publish=PolicyWriter(self._box).publish,
+            publish=PolicyWriter(self.box).publish,
             publish_every_s=settings.publish_every_s,
             clock=clock,
             update_every_steps=settings.update_every_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import msgspec
 
 from ..config import RunSettings, Settings
 from ..robots.registry import TaskEntry
-from ..types import Task
+from ..types import Task, TaskSpec
 from .clock import NS_PER_S
 
-__all__ = ["Plan", "Resume", "Start", "steps_limit"]
+__all__ = ["LearnerPlan", "Plan", "Remote", "Resume", "Start", "steps_limit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,44 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Remote:
+    """A learner on another host, and how this one presents itself."""
+
+    url: str  # ws:// or wss://
+    name: str  # of this robot, among those of the learner
+    token: bytes | None = field(default=None, repr=False)
+    ca: Path | None = None  # whose certificates are trusted, for wss
+    link: str | None = None  # a profile of an emulated link in between
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerPlan:
+    """What a learner knows of a run: sizes and settings, no robot and no code of the task."""
+
+    task_name: str
+    spec: TaskSpec
+    algorithm_name: str
+    algorithm_target: str  # "module:attribute"
+    algorithm: Any  # algos.agent.Algorithm
+    preset: str
+    preset_reason: str
+    settings: Settings
+    resume: Resume | None = None
+    robots: int = 1  # at the same time
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must agree in to belong to this run."""
+        return {
+            "task": self.task_name,
+            "algorithm": self.algorithm_name,
+            "preset": self.preset,
+            "seed": str(self.settings.run.seed),
+            **{f"agent.{name}": repr(value) for name, value in msgspec.to_builtins(self.settings.agent).items()},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that is decided before anything starts."""
 
@@ -59,6 +97,7 @@ class Plan:
     world: str
     clock: str
     resume: Resume | None = None
+    remote: Remote | None = None
 
     @property
     def simulated(self) -> bool:
@@ -73,15 +112,19 @@ class Plan:
         return f"robot {self.robot or 'SIMULATED'}, camera {self.camera or 'SIMULATED'}"
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint must agree in to belong to this run."""
-        return {
-            "task": self.task_name,
-            "algorithm": self.algorithm_name,
-            "preset": self.preset,
-            "seed": str(self.settings.run.seed),
-            **{f"agent.{name}": repr(value) for name, value in msgspec.to_builtins(self.settings.agent).items()},
-        }
+    def learner(self) -> LearnerPlan:
+        """The learner's part, where it is on this host."""
+        return LearnerPlan(
+            task_name=self.task_name,
+            spec=self.task.spec,
+            algorithm_name=self.algorithm_name,
+            algorithm_target=self.algorithm_target,
+            algorithm=self.algorithm,
+            preset=self.preset,
+            preset_reason=self.preset_reason,
+            settings=self.settings,
+            resume=self.resume,
+        )
 
     @property
     def task_builder(self) -> Callable[[], Task]:

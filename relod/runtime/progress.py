@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..types import EpisodeEnd, Frame, Step
-from .clock import NS_PER_S, monotonic_ns
+from .clock import NS_PER_MS, NS_PER_S, monotonic_ns
 from .device import MAY_BE_MOVING
 from .plan import Plan
 from .profile import Profile
 from .rundir import EpisodeLine, RunFolder, disk_errors
-from .spans import Stage
+from .spans import Histogram, Stage
 from .viewstate import RunState, save_state
 
 __all__ = ["Progress"]
@@ -35,6 +35,7 @@ class Progress:
         self._plan, self._folder = plan, folder
         self._started_ns = monotonic_ns()
         self._policy_seen_ns = self._started_ns
+        self._policy_age = Histogram()  # at each step, since its policy was first seen here
         self._updates: deque[tuple[int, int]] = deque()  # (ns, updates), for the rate
         self.state = RunState(
             task=plan.task_name,
@@ -46,7 +47,7 @@ class Progress:
             max_steps=plan.max_steps,
             episode_steps=spec.max_steps,
             cycle_ms=plan.cycle_s * 1000,
-            replay_capacity=plan.settings.replay.capacity,
+            replay_capacity=plan.settings.replay.capacity if plan.remote is None else 0,
         )
 
     def restore(self, lines: Sequence[EpisodeLine], steps: int, wall_s: float) -> None:
@@ -105,6 +106,8 @@ class Progress:
             state.status = status or state.status
         if name == "worker":
             self.learned(values)
+        if name == "link":
+            state.link = values
 
     def learned(self, values: dict[str, float | str]) -> None:
         """Figures of the learner."""
@@ -125,6 +128,13 @@ class Progress:
     def restarted(self, name: str) -> None:
         """A child process was started again."""
         self.restarts[name] = self.restarts.get(name, 0) + 1
+
+    def held(self, reason: str) -> None:
+        """No episode may begin for this reason; empty when one may again."""
+        self.state.hold = reason
+        self._folder.metrics(
+            experience_s=self.experience_s, wall_s=self.wall_s, steps=self.steps, values={"hold": reason}
+        )
 
     def phase(self, text: str) -> None:
         """What the run as a whole is about, while no cycle runs."""
@@ -148,9 +158,13 @@ class Progress:
                 self.cpu_cores[name] = round((seconds - before_s[name]) * NS_PER_S / (now_ns - began_ns), 4)
 
     def _see_policy(self, version: tuple[int, int]) -> None:
-        if version != self.state.policy_version and version != (0, 0):
+        if version == (0, 0):
+            return
+        now_ns = monotonic_ns()
+        if version != self.state.policy_version:
             self.state.policy_version = version
-            self._policy_seen_ns = monotonic_ns()
+            self._policy_seen_ns = now_ns
+        self._policy_age.add_ms((now_ns - self._policy_seen_ns) / NS_PER_MS)
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -176,6 +190,7 @@ class Progress:
             "overruns": state.overruns,
             **{f"metric.{name}": value for name, value in state.losses.items()},
             **{f"status.{name}": value for name, value in state.status.items()},
+            **{f"link.{name}": value for name, value in state.link.items()},
         }
         if profile is not None:
             values |= {name: summary for name, summary in profile.summary().items() if summary["max"] > 0}
@@ -214,6 +229,8 @@ class Progress:
             "frames_lost": self.frames_lost,
             "steps_dropped": int(self.reports.get("worker", {}).get("dropped", 0)),
             "actions_rejected": int(control.get("rejected", 0)),
+            "late_actions": int(control.get("late", 0)),
+            "policy_age_ms": self._policy_age.summary_ms(),
             "run_dir": str(self._folder.path),
             "stopped_cleanly": bool(device.get("stopped_cleanly", 0.0)),
         }

@@ -6,19 +6,17 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from ..errors import RelodError, SettingsError, StartError
+from ..errors import RelodError, SettingsError
 from . import provenance
-from .checkpoint import Checkpoint, newest_readable
 from .curve import write_curve
-from .host import ChildSpec, Result, RobotHost
-from .learner import CHECKPOINTS, LearnerSide
-from .plan import Plan, Start
+from .host import Result
+from .plan import Plan
 from .progress import Progress
 from .rundir import RunFolder
 from .spans import SpanRing
 from .view import summary_line
 
-__all__ = ["announce", "check_steps_left", "find_checkpoint", "finish", "new_spans", "open_folder", "run_wall"]
+__all__ = ["announce", "check_steps_left", "finish", "new_spans", "open_folder"]
 
 
 def new_spans() -> SpanRing:
@@ -29,35 +27,12 @@ def new_spans() -> SpanRing:
 def announce(plan: Plan) -> None:
     """Say on stderr what will run and why."""
     print(f"relod: {plan.task_name}, {plan.mode}, {plan.clock} clock: {plan.device_text}", file=sys.stderr)
-    print(
-        f"relod: {plan.algorithm_name} with preset {plan.preset} ({plan.preset_reason}), seed {plan.settings.run.seed}",
-        file=sys.stderr,
-    )
-
-
-def find_checkpoint(plan: Plan) -> Checkpoint | None:
-    """What a resumed run's learner goes on from; None when the run is new, or ended before its first checkpoint.
-
-    Raises:
-        StartError: no checkpoint can be read, or the newest is of another run.
-    """
-    if plan.resume is None:
-        return None
-    checkpoint, path, problems = newest_readable(plan.resume.folder / CHECKPOINTS)
-    if checkpoint is None or path is None:
-        return None
-    for problem in problems:
-        print(f"relod: {problem}; going on with {path.name}", file=sys.stderr)
-    saved = checkpoint.counters["extra"].get("run", {})
-    wanted = plan.identity
-    for name in {**wanted, **saved}:
-        if saved.get(name) != wanted.get(name):
-            there, here = saved.get(name, "not known"), wanted.get(name, "not known")
-            raise StartError(
-                f"checkpoint {path} belongs to another run: its {name} is {there}, not {here}",
-                "put back the run's own, or use the version of relod that made it",
-            )
-    return checkpoint
+    seed = f"seed {plan.settings.run.seed}"
+    if plan.remote is not None:
+        print(f"relod: robot {plan.remote.name}, learner at {plan.remote.url}, {seed}", file=sys.stderr)
+    else:
+        learns = f"{plan.algorithm_name} with preset {plan.preset} ({plan.preset_reason})"
+        print(f"relod: {learns}, {seed}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -86,53 +61,6 @@ def open_folder(plan: Plan, arguments: tuple[str, ...]) -> Iterator[RunFolder]:
     name = f"{plan.task_name}-{plan.mode}-s{plan.settings.run.seed}"
     with RunFolder.create(name, plan.settings, content) as folder:
         yield folder
-
-
-def run_wall(
-    plan: Plan, folder: RunFolder, learner: LearnerSide, spans: SpanRing, checkpoint: Checkpoint | None
-) -> Result:
-    """Run on the wall clock with an update worker on this host."""
-    record_to = folder.path / "policies" if plan.settings.run.record else None
-    progress = Progress(plan, folder)
-    start = _resume(plan, folder, learner, progress, checkpoint) if plan.resume is not None else Start()
-    host = RobotHost(
-        plan=plan,
-        folder=folder,
-        build_actor=learner.actor(start, record_to),
-        sink=learner,
-        children=[ChildSpec(name="worker", target="relod.runtime.worker:run_worker_process", job=learner.worker_job)],
-        spans=spans,
-        start=start,
-        progress=progress,
-    )
-    return finish(folder, host.run(), host.progress)
-
-
-def _resume(
-    plan: Plan, folder: RunFolder, learner: LearnerSide, progress: Progress, checkpoint: Checkpoint | None
-) -> Start:
-    """Fill the replay from the log and go on with the books: the log is the record, the folder's lines follow it."""
-    assert plan.resume is not None
-    steps = learner.experience.log.env_steps
-    check_steps_left(plan, steps)
-    lines = folder.episodes()
-    ends = learner.restore(checkpoint)
-    folder.go_on(plan.settings)
-    progress.restore(lines, steps, lines[-1].wall_s if lines else 0.0)
-    known = lines[-1].episode if lines else -1
-    for end in ends:  # the log had it, the folder not yet
-        if end.episode > known:
-            progress.add(end)
-    newest = learner.experience.newest_frame_id
-    next_episode = max([known, *(end.episode for end in ends), learner.experience.newest_episode]) + 1
-    learned = "the learner begins anew: there is no checkpoint"
-    if checkpoint is not None:
-        learned = f"its learner at update {checkpoint.counters['updates']}"
-    print(
-        f"relod: going on with {folder.path} at step {steps}, {len(progress.lengths)} episodes done; {learned}",
-        file=sys.stderr,
-    )
-    return Start(step=steps, episode=next_episode, frame_id=newest, session=plan.resume.session)
 
 
 def check_steps_left(plan: Plan, steps: int) -> None:

@@ -42,6 +42,7 @@ class TapedActor:
         if self._played:
             return self._played.popleft()
         action = self._actor.act(observation)
+        assert action is not None  # in virtual time the actor is in this process
         record = (_bytes(action.values), _bytes(action.extras), *action.policy_version)
         self._new.append(msgpack.packb(record))
         return action

@@ -196,6 +196,7 @@ def _figures(state: RunState, width: int) -> Lines:
     return [
         *_box("return per episode", _returns(state, width - 4), width, f"{state.episodes} episodes"),
         *_box("timing", _timing(state), width, f"cycle {state.cycle_ms:g} ms"),
+        *(_box("link", _link(state), width, str(state.link.get("learner", ""))) if state.link else []),
         *_box("learner", _learner(state), width),
     ]
 
@@ -247,6 +248,30 @@ def _urgency(value_ms: float, limit_ms: float) -> str:
     return "" if not limit_ms or value_ms <= limit_ms / 2 else WARN if value_ms <= limit_ms else BAD
 
 
+def _link(state: RunState) -> Lines:
+    link = state.link
+    up = link["state"] == "up"
+    told = f"up, {link['reconnects']:g} reconnects" if up else f"{link['state']} for {link['down_s']:.1f} s"
+    waiting = ("backlog", f"{link['backlog']:g} steps, {float(link['backlog_bytes']) / 1e6:.1f} MB")
+    return [
+        [_part(told, GOOD if up else BAD), *_facts([("   ", "")]), *_facts([waiting])],
+        _facts(
+            [
+                ("round trip p50", f"{link['rtt_ms.p50']:.1f}"),
+                ("p99", f"{link['rtt_ms.p99']:.1f} ms"),
+                ("up", f"{link['up_ms']:.1f}"),
+                ("down", f"{link['down_ms']:.1f} ± {link['clock_uncertainty_ms']:.1f} ms"),
+            ]
+        ),
+        _facts(
+            [
+                ("sends", f"{float(link['uplink_bytes_per_s']) / 1e6:.2f}"),
+                ("receives", f"{float(link['downlink_bytes_per_s']) / 1e6:.2f} MB/s"),
+            ]
+        ),
+    ]
+
+
 def _learner(state: RunState) -> Lines:
     epoch, count = state.policy_version
     lines = [
@@ -268,6 +293,9 @@ def _learner(state: RunState) -> Lines:
 
 
 def _episode_box(state: RunState, width: int) -> Lines:
+    if state.hold and state.phase in ("holding", "waiting"):
+        held = [_part("waiting   ", "bold"), _part(state.hold, WARN)]
+        return _box(f"episode {state.episodes + 1}", [held], width)
     line = [_part(f"{state.phase:<10}", "bold")]
     if state.episode_steps:
         line += _bar(state.index / state.episode_steps, max(10, min(60, width - 50)))
@@ -333,6 +361,10 @@ def summary_line(state: RunState) -> str:
         parts.append(f"return {sum(recent) / len(recent):.1f} and {reached} reached in the last {len(recent)}")
     if state.updates:
         parts.append(f"{state.updates} updates")
+    if state.link and state.link["state"] != "up":
+        parts.append(f"link {state.link['state']}, backlog {state.link['backlog']:g}")
+    if state.hold:
+        parts.append(state.hold)
     parts.append(f"lateness p99 {state.lateness.summary_ms()['p99']:.1f} ms")
     parts.append(f"{state.overruns} overruns")
     if attention := state.status.get("attention"):

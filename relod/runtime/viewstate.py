@@ -85,6 +85,9 @@ class RunState:
     replay_capacity: int = 0
     losses: Mapping[str, float] = field(default_factory=dict)
 
+    hold: str = ""  # why no episode may begin now
+    link: Mapping[str, float | str] = field(default_factory=dict)  # to a learner elsewhere, as `link.figures` names it
+
     status: Mapping[str, float | str] = field(default_factory=dict)  # of the robot, by the task
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=WARNINGS_KEPT))  # oldest first
 

@@ -19,7 +19,6 @@ import msgspec
 
 from ..errors import EXIT_OK, RelodError, StartError
 from ..loading import load_attribute
-from ..robots.vision import make_shrink
 from ..seeds import random_stream
 from ..types import Action, EpisodeEnd, Frame, Step
 from .checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from .cycle import Cycle, Inputs, Phase, Tick
 from .experience import BEGINNING
 from .host import Result
 from .learner import LearnerSide
+from .log.codec import make_look
 from .log.format import LogPosition
 from .log.reader import LogReader
 from .messages import encode
@@ -57,7 +57,7 @@ def run_virtual(plan: Plan, arguments: tuple[str, ...], checkpoint: Checkpoint |
         check_steps_left(plan, steps)
         print(f"relod: no checkpoint: the run and its {steps} steps are made again from the seed", file=sys.stderr)
         end = BEGINNING
-    with open_folder(plan, arguments) as folder, LearnerSide(plan, folder.path, None, end=end) as learner:
+    with open_folder(plan, arguments) as folder, LearnerSide(plan.learner, folder.path, None, end=end) as learner:
         run = _VirtualSession(plan, folder, learner, checkpoint, tape)
         return finish(folder, run.run(), run.progress)
 
@@ -119,7 +119,7 @@ class _VirtualSession:
             actor=self._actor,
             safety=settings.safety,
             rng=random_stream(settings.run.seed, "reset"),
-            shrink=make_shrink(spec.image_hw),
+            shrink=make_look(settings.log.codec, settings.log.jpeg_quality, image_hw=spec.image_hw),
             max_steps=plan.max_steps,
         )
         self._driver = VirtualRun(

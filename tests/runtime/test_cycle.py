@@ -15,7 +15,7 @@ from relod.robots.limits import Limits
 from relod.runtime.clock import NS_PER_MS
 from relod.runtime.cycle import Phase, Tick
 from relod.types import Outcome
-from tests.fakes import CYCLE_NS, FULL_SPEED, RESET_SPEED, STOP, Bench, FakeTask, ScriptedActor
+from tests.fakes import CYCLE_NS, FULL_SPEED, RESET_SPEED, STOP, Bench, DistantActor, FakeTask, ScriptedActor
 
 
 def running(bench: Bench, steps: int = 0) -> Bench:
@@ -366,3 +366,137 @@ def test_whatever_goes_missing_the_robot_moves_only_in_resets_and_episodes(gaps)
         steps = [t.step for t in bench.ticks if t.step is not None and t.step.episode == end.episode]
         assert end.length == len(steps)
         assert end.return_ == sum(step.reward for step in steps)
+
+
+# -- held between episodes ---------------------------------------------------------------------------------------------
+
+
+def test_a_hold_begins_no_episode_and_ends_none():
+    bench = Bench()
+    assert bench.go(5, hold="waiting").phase is Phase.HOLDING
+    assert bench.task.resets == 0
+    bench.until(Phase.WAITING)
+    assert bench.go(10, hold="waiting").phase is Phase.WAITING
+    running(bench, steps=2)
+    assert bench.go(3, hold="waiting").step is not None
+
+
+def test_a_hold_may_last():
+    bench = Bench()
+    bench.until(Phase.WAITING)
+    bench.go(int(2 * SafetySettings().stall_limit_s * 1e9 / CYCLE_NS), hold="waiting")
+    bench.until(Phase.RUNNING)
+
+
+# -- actions that come later -------------------------------------------------------------------------------------------
+
+
+def distant(*answers: float, **options) -> Bench:
+    """A bench in an episode whose actor is elsewhere, after as many answered cycles."""
+    bench = Bench(actor=DistantActor(), **options)
+    bench.until(Phase.RUNNING)
+    for value in answers:
+        assert bench.answer(value) is not None
+        bench.tick()
+    return bench
+
+
+def test_an_answer_within_its_cycle_is_the_steps_action():
+    bench = distant()
+    tick = bench.ticks[-1]
+    assert (tick.asked, tick.command) == (bench.actor.observations[-1], STOP)
+    command = bench.answer(0.5, after_ms=7)
+    assert command is not None
+    assert command.values == (0.5 * FULL_SPEED,)
+    asked = bench.actor.observations[-1]
+    step = bench.tick().step
+    assert step is not None
+    assert (step.action.tolist(), step.observed_ns) == ([0.5], asked.now_ns)
+    assert step.acted_ns == asked.now_ns + 7 * NS_PER_MS
+    assert bench.cycle.late == 0
+
+
+def test_until_the_first_answer_the_robot_stands_and_no_step_is_made():
+    bench = distant()
+    tick = bench.tick()
+    assert (tick.step, tick.command, tick.asked) == (None, STOP, bench.actor.observations[-1])
+    assert bench.answer(0.5) is not None
+    step = bench.tick().step
+    assert step is not None
+    assert (step.index, step.observed_ns) == (0, bench.actor.observations[-2].now_ns)
+
+
+def test_an_action_that_is_late_is_held_and_recorded_as_what_was_done():
+    bench = distant(0.5)
+    tick = bench.tick()  # what was asked before has no answer
+    assert tick.step is not None
+    assert (tick.step.action.tolist(), tick.command.values) == ([0.5], (0.5 * FULL_SPEED,))
+    assert bench.cycle.late == 1
+
+
+def test_a_late_answer_counts_for_the_cycle_in_which_it_comes():
+    bench = distant(0.5)
+    bench.tick()
+    command = bench.answer(-0.25, asked=-2)
+    assert command is not None
+    assert command.values == (-0.25 * FULL_SPEED,)
+    step = bench.tick().step
+    assert step is not None
+    assert step.action.tolist() == [-0.25]
+    assert bench.cycle.late == 2
+
+
+def test_a_link_always_one_cycle_late_still_drives_the_robot():
+    bench = distant(0.5)
+    for value in (-1.0, 0.2, 1.0):
+        tick = bench.tick()
+        assert tick.step is not None
+        assert bench.answer(float(value), asked=-2) is not None
+    assert bench.cycle.phase is Phase.RUNNING
+
+
+def test_an_older_answer_after_a_newer_one_is_of_no_use():
+    bench = distant(0.5)
+    bench.tick()
+    assert bench.answer(0.1) is not None
+    assert bench.answer(0.9, asked=-2) is None
+    step = bench.tick().step
+    assert step is not None
+    assert step.action.tolist() == [np.float32(0.1)]
+
+
+def test_without_answers_the_robot_stands_after_two_held_cycles_and_the_episode_is_closed():
+    bench = distant(0.5, 0.5)
+    held = [bench.tick(), bench.tick()]
+    assert [moving(tick) for tick in held] == [True, True]
+    tick = bench.tick()
+    assert (tick.phase, tick.command, tick.step) == (Phase.HOLDING, STOP, None)
+    assert tick.end is not None
+    assert (tick.end.length, tick.end.terminated) == (4, False)
+    assert "learner" in tick.end.reason
+    assert bench.answer(0.5) is None  # it comes after the end
+    bench.until(Phase.RUNNING)
+
+
+def test_an_answer_to_the_episode_before_is_of_no_use():
+    bench = distant(0.5)
+    asked = len(bench.actor.observations) - 1
+    bench.go(3)
+    bench.until(Phase.RUNNING)
+    assert bench.answer(0.7, asked=asked) is None
+
+
+def test_an_answer_with_nan_makes_the_robot_stand():
+    bench = distant(0.5)
+    command = bench.answer(float("nan"))
+    assert command == STOP
+    assert bench.cycle.rejected == 1
+
+
+def test_two_answers_in_a_cycle_slew_from_where_the_cycle_began():
+    task = FakeTask()
+    task.limits = Limits(low=(-FULL_SPEED,), high=(FULL_SPEED,), max_slew=(10.0,))
+    bench = distant(0.0, task=task)
+    bench.tick()
+    assert bench.answer(1.0, asked=-2).values == (10.0,)
+    assert bench.answer(1.0).values == (10.0,)

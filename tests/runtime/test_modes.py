@@ -11,8 +11,8 @@ import torch
 from relod.algos.sac import SacSettings
 from relod.errors import EXIT_SETTINGS, SettingsError
 from relod.robots.create2.reacher import CreateReacher
-from relod.runtime import modes
-from relod.runtime.modes import describe_modes, describe_settings, resolve
+from relod.runtime.modes import MODES, describe_modes, describe_settings, resolve
+from relod.runtime.request import choose_preset
 from tests.fakes import small_request
 
 
@@ -80,7 +80,7 @@ def test_without_a_name_the_machine_decides_and_the_reason_is_told(monkeypatch):
 
 def test_an_algorithm_with_one_preset_has_it_everywhere(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert modes._preset(None, {"ppo": {}})[0] == "ppo"
+    assert choose_preset(None, {"ppo": {}})[0] == "ppo"
 
 
 def test_settings_override_the_preset_and_the_world():
@@ -147,7 +147,7 @@ def test_a_camera_that_is_none_is_refused_before_anything_starts():
 
 def test_every_mode_says_who_acts_and_who_learns():
     table = describe_modes()
-    assert [row["mode"] for row in table] == list(modes.MODES)
+    assert [row["mode"] for row in table] == list(MODES)
     assert all(row["acts"] and row["learns"] for row in table)
 
 

@@ -27,7 +27,8 @@ from relod.runtime.learner import LearnerSide
 from relod.runtime.messages import CycleRecord, decode, encode
 from relod.runtime.modes import resolve
 from relod.runtime.plan import Start, steps_limit
-from relod.runtime.recording import Recorder, replay_run
+from relod.runtime.playback import replay_run
+from relod.runtime.recording import Recorder
 from relod.runtime.session import open_folder
 from relod.runtime.virtual import VirtualRun
 from relod.seeds import random_stream
@@ -43,7 +44,7 @@ def record(folder: Path, *assignments: str, stop_after: int | None = None) -> Pa
     plan = resolve(small_request(folder, *assignments, steps=0 if assignments else 90))
     spec, settings = plan.task.spec, plan.settings
     with open_folder(plan, ()) as run_folder:
-        learner = LearnerSide(plan, run_folder.path, None)
+        learner = LearnerSide(plan.learner, run_folder.path, None)
         host = learner.actor(Start(), run_folder.path / "policies")()
         cycle = Cycle(
             task=plan.task,

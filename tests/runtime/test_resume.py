@@ -9,13 +9,13 @@ import pytest
 
 from relod.errors import EXIT_SAFETY, SafetyStop, SettingsError, StartError
 from relod.runtime import memory, virtualsession
-from relod.runtime.checkpoint import PUBLISHED_POLICY
+from relod.runtime.checkpoint import PUBLISHED_POLICY, find_checkpoint
 from relod.runtime.learner import LearnerSide
 from relod.runtime.log.writer import LogWriter
-from relod.runtime.modes import Request, resolve, run_robot
+from relod.runtime.modes import resolve, run_robot
 from relod.runtime.plan import Start
+from relod.runtime.request import Request
 from relod.runtime.rundir import RunFolder
-from relod.runtime.session import find_checkpoint
 from tests.fakes import small_request
 
 STEPS = 330  # with a replay of 512 steps in chunks of 256: one chunk is retired on the way
@@ -273,9 +273,9 @@ def test_a_run_of_another_version_is_told(damaged, capsys):
 
 def test_the_policy_that_acted_is_there_before_the_worker(damaged):
     plan = resolve(go_on(damaged))
-    checkpoint = find_checkpoint(plan)
+    checkpoint = find_checkpoint(plan.learner)
     assert checkpoint is not None
-    with LearnerSide(plan, damaged, None) as learner:
+    with LearnerSide(plan.learner, damaged, None) as learner:
         learner.restore(checkpoint)
         host = learner.actor(Start(step=60, session=1))()
     assert host.version == (checkpoint.counters["epoch"], checkpoint.counters["published"])

@@ -7,14 +7,15 @@ replay see the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 
-from ...robots.vision import cv2
+from ...robots.vision import cv2, make_shrink
 from ...types import Image
 
-__all__ = ["Codec", "make_codec"]
+__all__ = ["Codec", "make_codec", "make_look"]
 
 DEFAULT_QUALITY = 90
 
@@ -43,6 +44,15 @@ def make_codec(name: str, quality: int = DEFAULT_QUALITY, *, image_hw: tuple[int
         case "jpeg":
             return _Jpeg(image_hw, quality)
     raise ValueError(f"unknown codec {name!r}: raw or jpeg")
+
+
+def make_look(name: str, quality: int, *, image_hw: tuple[int, int]) -> Callable[[Image], Image]:
+    """Camera image -> what the agent sees and what is kept: at its size, and after JPEG with what that loses."""
+    shrink = make_shrink(image_hw)
+    if name == "raw":
+        return shrink
+    codec = make_codec(name, quality, image_hw=image_hw)
+    return lambda image: codec.decode(codec.encode(shrink(image)))
 
 
 class _Raw:

@@ -10,7 +10,7 @@ import msgspec
 
 from ...errors import StartError
 from ...types import EpisodeEnd, Image, Step
-from ..messages import CycleRecord, decode
+from ..messages import decode_record
 from .codec import Codec
 from .format import (
     DamageError,
@@ -129,8 +129,8 @@ class Walk:
 
     def _message(self, record: Record, at: int) -> Iterator[LogRecord]:
         stream, rest = unpack_stream(record.payload)
-        message = decode(bytes(rest))
-        if isinstance(message, CycleRecord) or isinstance(message, Step) != (record.kind is Kind.STEP):
+        message = decode_record(rest)
+        if isinstance(message, Step) != (record.kind is Kind.STEP):
             raise DamageError(at, f"a {record.kind.name} record holds something else")
         if isinstance(message, Step):
             self._env_steps = (self._env_steps or 0) + 1

@@ -1,0 +1,174 @@
+"""Learner and robots as users start them: the remote modes, and every way in which either end or the link dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from relod.runtime.modes import MODES
+from tests.commands import QUICK_ROBOT, Run, children, learner, relod, resumed, robot
+from tests.namespaces import LEARNER_ADDRESS, cable
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+REMOTE = ("remote-local", "remote-only")
+KEYS = {
+    *("sent", "acked", "resent", "duplicates", "reconnects", "backlog_max", "rtt_ms", "uplink_bytes"),
+    *("downlink_bytes", "policy_age_ms", "late_actions"),
+}
+LEARNER_KEYS = {"robots", "ingest_steps_per_s", "updates", "policy_version", "run_dir"}
+
+
+def distant(url: str, mode: str, *arguments: str) -> tuple[str, ...]:
+    return ("--mode", mode, "--learner", url, "--name", "arm", *arguments)
+
+
+def audited(folder: Path, run: Run, learner_run: Path) -> dict:
+    """The report of `relod audit`, which must find nothing wrong."""
+    robot_run = folder / run.result()["run_dir"]
+    done = relod(folder, "audit", str(robot_run), str(learner_run), "--json")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, (report, done.stderr)
+    return report
+
+
+@pytest.mark.parametrize("mode", REMOTE)
+def test_a_robot_and_a_learner(tmp_path: Path, mode: str) -> None:
+    with (
+        learner(tmp_path, name="-learner") as teacher,
+        robot(tmp_path, *distant(teacher.url, mode, "--steps", "150"), quick=QUICK_ROBOT) as run,
+    ):
+        assert run.wait() == 0, run.messages()
+        result = run.result()
+        assert result.keys() >= KEYS
+        assert (result["steps"], result["stopped_cleanly"], result["simulated"]) == (150, True, True)
+        assert result["sent"] == result["acked"] == 150 + len(result["returns"])
+        teacher.process.send_signal(signal.SIGINT)
+        assert teacher.wait() == 130, teacher.messages()
+        taught = teacher.result()
+        assert taught.keys() >= LEARNER_KEYS
+        assert (taught["steps"], taught["robots"]["arm"]["steps"]) == (150, 150)
+        assert taught["updates"] > 0
+        audited(tmp_path, run, tmp_path / taught["run_dir"])
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_which_processes_run_where(tmp_path: Path, mode: str) -> None:
+    simulated = {"world"}
+    row = MODES[mode]
+    with learner(tmp_path, name="-learner") as teacher:
+        arguments = distant(teacher.url, mode) if row.on_learner else ()
+        quick = {} if not row.on_learner else {"quick": QUICK_ROBOT}
+        with robot(tmp_path, *arguments, **quick) as run:
+            run.wait_for_steps(10)
+            found = {name.removeprefix("relod-") for name in children(run.process.pid)} - simulated
+            device = run.pid_of("device")
+            found |= {"guard"} if any("guard" in command_line(pid) for pid in children(device).values()) else set()
+            assert found | {"parent"} >= set(row.on_robot)
+            assert ("worker" in found) == ("worker" in row.on_robot)
+            taught = {name.removeprefix("relod-") for name in children(teacher.process.pid)}
+            assert ("worker" in taught) == ("worker" in row.on_learner)
+            if mode == "remote-only":
+                loaded = (Path("/proc") / str(run.pid_of("control")) / "maps").read_text()
+                parent = (Path("/proc") / str(run.process.pid) / "maps").read_text()
+                assert "libtorch" not in loaded
+                assert "libtorch" not in parent
+
+
+def command_line(pid: int) -> str:
+    return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+@pytest.mark.parametrize("mode", REMOTE)
+def test_a_learner_that_is_killed_and_resumed(tmp_path: Path, mode: str) -> None:
+    with learner(tmp_path, name="-1") as first:
+        with robot(tmp_path, *distant(first.url, mode, "--steps", "250"), quick=QUICK_ROBOT) as run:
+            run.wait_for_steps(60)
+            folder, port = first.run_folder, first.url.rpartition(":")[2]
+            first.kill()
+            time.sleep(1.0)
+            with resumed(tmp_path, folder, listen=f"127.0.0.1:{port}", name="-2") as second:
+                assert run.wait(120) == 0, run.messages()
+                result = run.result()
+                assert (result["steps"], result["stopped_cleanly"]) == (250, True)
+                assert result["reconnects"] >= 1
+                audited(tmp_path, run, folder)
+                second.process.send_signal(signal.SIGINT)
+                assert second.wait() == 130, second.messages()
+                assert second.result()["steps"] == 250
+
+
+def test_a_learner_that_is_finished_ends_its_robots(tmp_path: Path) -> None:
+    with (
+        learner(tmp_path, "--steps", "80", name="-learner") as teacher,
+        robot(tmp_path, *distant(teacher.url, "remote-local"), quick=QUICK_ROBOT) as run,
+    ):
+        assert teacher.wait() == 0, teacher.messages()
+        assert run.wait() == 0, run.messages()
+        assert "finished" in run.messages()
+        assert run.result()["stopped_cleanly"]
+
+
+def test_a_robot_that_starts_first_and_a_learner_that_never_comes_back(tmp_path: Path) -> None:
+    limits = ("--set", "link.wait_s=3")
+    with robot(tmp_path, *distant("ws://127.0.0.1:1", "remote-local", *limits), quick=QUICK_ROBOT) as alone:
+        assert alone.wait() == 3
+        assert "no learner at ws://127.0.0.1:1" in alone.messages()
+    with (
+        learner(tmp_path, name="-learner") as teacher,
+        robot(
+            tmp_path, *distant(teacher.url, "remote-local", *limits, "--set", "link.drain_s=1"), quick=QUICK_ROBOT
+        ) as run,
+    ):
+        run.wait_for_steps(10)
+        teacher.kill()
+        assert run.wait() == 5, run.messages()
+        assert run.result()["stopped_cleanly"]
+
+
+def test_a_robot_that_is_killed_comes_back_as_a_new_run(tmp_path: Path) -> None:
+    with learner(tmp_path, name="-learner") as teacher:
+        for attempt in ("killed", "whole"):
+            (tmp_path / attempt).mkdir()
+            with robot(
+                tmp_path / attempt, *distant(teacher.url, "remote-local", "--steps", "120"), quick=QUICK_ROBOT
+            ) as run:
+                if attempt == "killed":
+                    run.wait_for_steps(40)
+                    run.kill()
+                else:
+                    assert run.wait() == 0, run.messages()
+                    audited(tmp_path / attempt, run, teacher.run_folder)
+        assert teacher.process.poll() is None
+        teacher.process.send_signal(signal.SIGINT)
+        assert teacher.wait() == 130
+        assert teacher.result()["steps"] > 120
+
+
+@pytest.mark.parametrize("mode", REMOTE)
+def test_a_cable_that_is_pulled(tmp_path: Path, mode: str) -> None:
+    """In two network namespaces: packets are lost without a word, as out of a WiFi's reach."""
+    with cable() as wire:
+        if wire is None:
+            pytest.skip("this machine has no network namespaces for its users")
+        token = tmp_path / "token"
+        token.write_text("between these two only")
+        token.chmod(0o600)
+        with learner(
+            *(tmp_path, "--token-file", str(token)), listen=f"{LEARNER_ADDRESS}:0", name="-learner", prefix=wire.learner
+        ) as teacher:
+            arguments = distant(teacher.url, mode, "--token-file", str(token), "--steps", "300")
+            with robot(tmp_path, *arguments, quick=QUICK_ROBOT, prefix=wire.robot) as run:
+                run.wait_for_steps(50)
+                wire.set("down")
+                time.sleep(3.0)
+                wire.set("up")
+                assert run.wait(120) == 0, run.messages()
+                result = run.result()
+                assert (result["steps"], result["stopped_cleanly"]) == (300, True)
+                assert result["reconnects"] >= 1
+                audited(tmp_path, run, teacher.run_folder)
