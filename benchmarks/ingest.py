@@ -91,11 +91,11 @@ class Robot:
     """A robot of the load generator. `LinkEvents` to its link, of which only an end matters."""
 
     def __init__(self, number: int, url: str, folder: Path, recording: Recording) -> None:
-        self.name, self.failure = f"robot-{number}", ""
+        self.name, self.run, self.failure = f"robot-{number}", secrets.token_hex(16), ""
         self.outbox = Outbox(folder / self.name, memory_bytes=256 * MIB, spool_bytes=0)
         join = JoinFacts(
             robot=self.name,
-            run=secrets.token_hex(16),
+            run=self.run,
             acts="robot",
             task=create_spec(),
             codec="raw",
@@ -161,6 +161,12 @@ def worker_of(pid: int) -> int:
     return 0
 
 
+def machine_cpu_s() -> float:
+    """Processor time that all of this machine's processes have used."""
+    user, nice, system, _, _, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def memory_mib(pid: int) -> dict[str, float]:
     """Resident memory of a process: its own, and what it shares (the replay)."""
     try:
@@ -217,6 +223,7 @@ def sample(robots: list[Robot], learner: int, start_ns: int) -> dict[str, Any]:
         "at_s": (monotonic_ns() - start_ns) / NS_PER_S,
         "backlog": sum(robot.outbox.backlog for robot in robots),
         "acked": sum(robot.outbox.acked for robot in robots),
+        "machine_cpu_s": machine_cpu_s(),
         "generator_cpu_s": cpu_seconds(),
         "learner_cpu_s": cpu_seconds_of(learner),
         "worker_cpu_s": cpu_seconds_of(worker) if worker else 0.0,
@@ -233,8 +240,9 @@ def judge(
     took_s = last["at_s"] - first["at_s"]
     cores = {
         name: round((last[f"{name}_cpu_s"] - first[f"{name}_cpu_s"]) / took_s, 3)
-        for name in ("generator", "learner", "worker")
+        for name in ("generator", "learner", "worker", "machine")
     }
+    cores["others"] = round(cores["machine"] - cores["generator"] - cores["learner"] - cores["worker"], 3)
     kept = document.get("robots", {})
     counts = {robot.name: (robot.outbox.sent, kept.get(robot.name, {}).get("records", 0)) for robot in robots}
     late = [each for each in samples if each["at_s"] > seconds / 2]
@@ -265,13 +273,17 @@ def judge(
 
 
 def what_breaks(found: dict[str, Any]) -> str:
-    """In words: which process had no more time, if it is one."""
+    """In words: who had no more time."""
     if found["failures"]:
-        return found["failures"][0]
+        return str(found["failures"][0])
     if found["keeps_up"]:
         return "nothing yet"
     full = [name for name in ("generator", "learner") if found["cores"][name] > 0.9]
-    return f"no more time: {' and '.join(full)}" if full else "the machine: no process has a core to itself"
+    if full:
+        return f"one core is not enough for the {' and the '.join(full)}"
+    if found["cores"]["machine"] > 0.95 * len(os.sched_getaffinity(0)):
+        return f"the machine has no more time; others took {found['cores']['others']:.2f} cores of it"
+    return "the learner waits for something that is not a processor"
 
 
 def main() -> None:

@@ -85,21 +85,23 @@ def command_line(pid: int) -> str:
 
 @pytest.mark.parametrize("mode", REMOTE)
 def test_a_learner_that_is_killed_and_resumed(tmp_path: Path, mode: str) -> None:
-    with learner(tmp_path, name="-1") as first:
-        with robot(tmp_path, *distant(first.url, mode, "--steps", "250"), quick=QUICK_ROBOT) as run:
-            run.wait_for_steps(60)
-            folder, port = first.run_folder, first.url.rpartition(":")[2]
-            first.kill()
-            time.sleep(1.0)
-            with resumed(tmp_path, folder, listen=f"127.0.0.1:{port}", name="-2") as second:
-                assert run.wait(120) == 0, run.messages()
-                result = run.result()
-                assert (result["steps"], result["stopped_cleanly"]) == (250, True)
-                assert result["reconnects"] >= 1
-                audited(tmp_path, run, folder)
-                second.process.send_signal(signal.SIGINT)
-                assert second.wait() == 130, second.messages()
-                assert second.result()["steps"] == 250
+    with (
+        learner(tmp_path, name="-1") as first,
+        robot(tmp_path, *distant(first.url, mode, "--steps", "250"), quick=QUICK_ROBOT) as run,
+    ):
+        run.wait_for_steps(60)
+        folder, port = first.run_folder, first.url.rpartition(":")[2]
+        first.kill()
+        time.sleep(1.0)
+        with resumed(tmp_path, folder, listen=f"127.0.0.1:{port}", name="-2") as second:
+            assert run.wait(120) == 0, run.messages()
+            result = run.result()
+            assert (result["steps"], result["stopped_cleanly"]) == (250, True)
+            assert result["reconnects"] >= 1
+            audited(tmp_path, run, folder)
+            second.process.send_signal(signal.SIGINT)
+            assert second.wait() == 130, second.messages()
+            assert second.result()["steps"] == 250
 
 
 def test_a_learner_that_is_finished_ends_its_robots(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ class LearnerRun:
         experience, book = self.experience, self._book
         lines = self.folder.episodes()
         told = Counter((line.steps, line.episode, line.length, line.return_) for line in lines)
-        untold: list[tuple[int, EpisodeEnd]] = []
+        untold: list[tuple[int, EpisodeEnd, str]] = []
 
         def see(record: LogRecord) -> None:
             message = record.message
@@ -118,7 +118,7 @@ class LearnerRun:
             key = (record.env_steps, message.episode, message.length, message.return_)
             told[key] -= 1
             if told[key] < 0:
-                untold.append((record.env_steps, message))
+                untold.append((record.env_steps, message, book.robots[record.stream][0]))
 
         read_from = 0  # a log that lost its tail in a power cut has less than the book says
         if book.noted_steps <= experience.log.env_steps:
@@ -130,8 +130,8 @@ class LearnerRun:
         self._started_ns -= int((lines[-1].wall_s if lines else 0.0) * NS_PER_S)
         for line in lines:
             self._count(line.return_, line.success)
-        for steps, end in untold:
-            self._end_episode(end, steps)
+        for steps, end, robot in untold:
+            self._end_episode(end, steps, robot)
 
     # -- what the server asks for --------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class LearnerRun:
         else:
             robot.ends += 1
             robot.returns.append(message.return_)
-            self._end_episode(message, self.env_steps)
+            self._end_episode(message, self.env_steps, admission.robot)
         segment = self.experience.log.position.segment
         if segment != self._segment:
             self._segment = segment
@@ -263,10 +263,10 @@ class LearnerRun:
         self.experience.release(stream)
         self._actors.pop(stream, None)
 
-    def _end_episode(self, end: EpisodeEnd, steps: int) -> None:
+    def _end_episode(self, end: EpisodeEnd, steps: int, robot: str) -> None:
         self._count(end.return_, end.success)
         experience_s = steps * self.plan.spec.cycle_ns / NS_PER_S
-        self.folder.episode(end, experience_s=experience_s, wall_s=self.wall_s, steps=steps)
+        self.folder.episode(end, experience_s=experience_s, wall_s=self.wall_s, steps=steps, robot=robot)
 
     def _count(self, return_: float, success: bool) -> None:
         self.episodes += 1

@@ -121,9 +121,17 @@ class LearnerSide:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._close_link()
         self._link, self._handed_over = ours, theirs
-        self._sender, self.experience.send = NewsSender(ours), self._send_news
+        sender = NewsSender(ours)
+
+        def send(news: bytes) -> None:
+            try:
+                sender.send(news)
+            except OSError:  # the worker died; its successor gets the whole table
+                self._close_link()
+
+        self.experience.send = send
         self._epoch += 1
-        self._send_news(self.experience.writer.reissue())
+        send(self.experience.writer.reissue())
         plan = self._plan
         return WorkerJob(
             algorithm=plan.algorithm_target,
@@ -146,15 +154,15 @@ class LearnerSide:
         if self._link is None:
             return values
         self._close_handed_over()
+        self.experience.send(b"")
         try:
-            self.experience.send(b"")
-            while data := self._link.recv(STATUS_BYTES):
+            while self._link is not None and (data := self._link.recv(STATUS_BYTES)):
                 values |= _report(msgspec.msgpack.decode(data, type=WorkerStatus)) | {
                     "dropped": float(self.experience.dropped)
                 }
         except BlockingIOError:
             pass
-        except OSError:  # the worker died; its successor gets the whole table
+        except OSError:  # the worker died
             self._close_link()
         return values
 

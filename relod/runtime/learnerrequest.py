@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 
-from ..config import Section, Settings, flatten, load, to_dict
+from ..config import Settings, load
 from ..errors import SettingsError, StartError
 from ..robots import registry
 from ..types import TaskSpec
 from .access import TOKEN_VARIABLE, find_token, is_loopback, make_token, read_token, server_tls
 from .plan import LearnerPlan, Resume
-from .request import choose_preset, one_of
+from .request import choose_preset, one_of, resumed_settings
 from .rundir import read_run
 from .wire import Join
 
@@ -208,32 +208,11 @@ def _resumed(request: LearnerRequest, folder: Path) -> Teaching:
         algorithm=algorithm,
         preset=saved.preset,
         preset_reason=saved.preset_reason,
-        settings=_resumed_settings(request, {"agent": algorithm.settings_type}, folder),
+        settings=resumed_settings(request, {"agent": algorithm.settings_type}, folder, MAY_CHANGE),
         learner_id=saved.learner,
         resume=Resume(folder=folder, session=len(run.get("sessions", [])) + 1),
         spec=saved.spec,
     )
-
-
-def _resumed_settings(request: LearnerRequest, sections: Mapping[str, type[Section]], folder: Path) -> Settings:
-    """The run's own settings, with what one session may change."""
-    file = folder / "settings.toml"
-    own = load(sections, file=file)
-    settings = load(
-        sections,
-        file=file,
-        environment=request.environment,
-        assignments=request.assignments,
-        overrides=request.overrides,
-    )
-    old, new = (dict(flatten(to_dict(found))) for found in (own, settings))
-    for name, value in new.items():
-        if value != old[name] and not name.startswith(MAY_CHANGE):
-            raise SettingsError(
-                f"{name} = {value!r} differs from the run's {old[name]!r}",
-                f"a resumed run may change only {', '.join(part.rstrip('.') for part in MAY_CHANGE)}",
-            )
-    return settings
 
 
 # -- who may come ------------------------------------------------------------------------------------------------------

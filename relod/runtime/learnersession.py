@@ -52,7 +52,9 @@ class Server(Protocol):
 
     failed: asyncio.Future[None]
 
-    async def start(self, host: str, port: int) -> int: ...
+    async def start(self, host: str, port: int, *, listening: bool = True) -> int: ...
+
+    async def listen(self) -> None: ...
 
     def publish(self, values: npt.NDArray[np.float32], version: tuple[int, int]) -> None: ...
 
@@ -130,9 +132,11 @@ class LearnerSession:
             image_hw=teaching.image_hw,
         )
         server.failed.add_done_callback(self._done)
-        url = self.books.state.address = access.url(await server.start(access.host, access.port))
+        port = await server.start(access.host, access.port, listening=False)
+        url = self.books.state.address = access.url(port)
         if teaching.resume is not None:
-            self._begin(teaching.resumed_plan())  # nobody is let in before: the loop does nothing else meanwhile
+            self._begin(teaching.resumed_plan())  # the loop does nothing else meanwhile
+        await server.listen()
         access.tell_how_to_join(url, self._say)
         self.books.state.phase = "waiting"
         self._start_task(self._keep_books(server, view), "books")

@@ -28,11 +28,11 @@ from .view import (
     Line,
     Lines,
     Screen,
-    _bar,
-    _box,
-    _clock,
-    _facts,
-    _part,
+    clock_text,
+    fact_line,
+    fill_bar,
+    framed,
+    styled,
 )
 from .viewstate import WARNINGS_KEPT
 
@@ -144,14 +144,14 @@ class LearnerView:
 
 def render(state: LearnerState, width: int, height: int) -> Screen:
     """The state on at most `width` x `height` characters; robots beyond that are cut, then chart and figures."""
-    head = [_banner(state, width), *_box("learner", _learner(state), width, _progress(state)[: width - 6])]
-    chart = _box("return per episode", _returns(state.returns, width - 4), width, f"{state.episodes} episodes")
-    tail = [[_part(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
+    head = [_banner(state, width), *framed("learner", _learner(state), width, _progress(state)[: width - 6])]
+    chart = framed("return per episode", _returns(state.returns, width - 4), width, f"{state.episodes} episodes")
+    tail = [[styled(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
     if height < CHART_FROM_ROWS:
         chart = []
     room = max(1, height - len(head) - len(chart) - len(tail) - 2)
     up = sum(row.state == "up" for row in state.robots)
-    robots = _box("robots", _robots(state, room), width, f"{up} of {len(state.robots)} connected")
+    robots = framed("robots", _robots(state, room), width, f"{up} of {len(state.robots)} connected")
     lines = [*head, *robots, *chart, *tail]
     return Screen([Segment.adjust_line_length(line, width) for line in lines[:height]])
 
@@ -159,18 +159,18 @@ def render(state: LearnerState, width: int, height: int) -> Screen:
 def _banner(state: LearnerState, width: int) -> Line:
     text = f" LEARNER   {state.address}"
     right = f"{state.task or 'no task yet'} · {state.phase} "
-    return [_part(text + right.rjust(max(0, width - len(text))), "bold black on cyan3")]
+    return [styled(text + right.rjust(max(0, width - len(text))), "bold black on cyan3")]
 
 
 def _progress(state: LearnerState) -> str:
     steps = f"{state.steps:,} of {state.max_steps:,} steps" if state.max_steps else f"{state.steps:,} steps"
-    return f"{steps} · {state.experience_s / 60:.1f} min of experience · {_clock(state.elapsed_s)} in all"
+    return f"{steps} · {state.experience_s / 60:.1f} min of experience · {clock_text(state.elapsed_s)} in all"
 
 
 def _learner(state: LearnerState) -> Lines:
     epoch, count = state.policy_version
     lines = [
-        _facts(
+        fact_line(
             [
                 ("updates", f"{state.updates:,}"),
                 ("per s", f"{state.updates_per_s:.1f}"),
@@ -180,23 +180,23 @@ def _learner(state: LearnerState) -> Lines:
         )
     ]
     if state.algorithm:
-        lines.append(_facts([(state.algorithm, state.preset), ("folder", state.folder)]))
+        lines.append(fact_line([(state.algorithm, state.preset), ("folder", state.folder)]))
     if state.replay_capacity:
-        fill = _bar(state.replay_steps / state.replay_capacity, 20)
-        lines.append([_part("replay ", DIM), *fill, _part(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
+        fill = fill_bar(state.replay_steps / state.replay_capacity, 20)
+        lines.append([styled("replay ", DIM), *fill, styled(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
     if state.losses:
-        lines.append(_facts([(name, f"{value:.3g}") for name, value in state.losses.items()]))
+        lines.append(fact_line([(name, f"{value:.3g}") for name, value in state.losses.items()]))
     return lines
 
 
 def _returns(returns: Sequence[float], width: int) -> Lines:
     if not returns:
-        return [[_part("no episode has ended yet", DIM)]]
+        return [[styled("no episode has ended yet", DIM)]]
     labels = [f"{max(returns):.0f}", *[""] * (CHART_ROWS - 2), f"{min(returns):.0f}"]
     label_width = max(map(len, labels))
     chart = sparkline(returns, max(8, width - label_width - 1), CHART_ROWS)
     return [
-        [_part(f"{label:>{label_width}} ", DIM), _part(blocks, CHART)]
+        [styled(f"{label:>{label_width}} ", DIM), styled(blocks, CHART)]
         for label, blocks in zip(labels, chart, strict=True)
     ]
 
@@ -210,13 +210,13 @@ _COLUMNS = (
 def _robots(state: LearnerState, room: int) -> Lines:
     """A line of titles and one for each robot, `room` in all; the last one counts those that had no room."""
     if not state.robots:
-        return [[_part("none has come yet", DIM)]]
+        return [[styled("none has come yet", DIM)]]
     titles = f"{'':<{NAME_COLUMNS}}" + "".join(f"{title:>{columns}}" for title, columns in _COLUMNS)
     rows = [_robot(row) for row in state.robots]
     if len(rows) > room - 1:
         shown = max(0, room - 2)
-        rows = [*rows[:shown], [_part(f"and {len(rows) - shown} more", DIM)]]
-    return [[_part(titles, DIM)], *rows]
+        rows = [*rows[:shown], [styled(f"and {len(rows) - shown} more", DIM)]]
+    return [[styled(titles, DIM)], *rows]
 
 
 def _robot(row: RobotRow) -> Line:
@@ -235,10 +235,10 @@ def _robot(row: RobotRow) -> Line:
     stale = row.policy_age_s is not None and row.policy_age_s > STALE_POLICY_S
     (_, link_columns), *columns, (_, age_columns) = _COLUMNS
     return [
-        _part(f"{name:<{NAME_COLUMNS}}"),
-        _part(f"{row.state:>{link_columns}}", GOOD if row.state == "up" else BAD),
-        *(_part(f"{value:>{size}}") for value, (_, size) in zip(values, columns, strict=True)),
-        _part(f"{age:>{age_columns}}", WARN if stale else ""),
+        styled(f"{name:<{NAME_COLUMNS}}"),
+        styled(f"{row.state:>{link_columns}}", GOOD if row.state == "up" else BAD),
+        *(styled(f"{value:>{size}}") for value, (_, size) in zip(values, columns, strict=True)),
+        styled(f"{age:>{age_columns}}", WARN if stale else ""),
     ]
 
 
@@ -254,7 +254,7 @@ def summary_line(state: LearnerState) -> str:
     up = sum(row.state == "up" for row in state.robots)
     parts = [
         f"learner {state.phase}",
-        _clock(state.elapsed_s),
+        clock_text(state.elapsed_s),
         f"{up} of {len(state.robots)} robots",
         f"{state.steps} steps",
         f"{state.episodes} episodes",

@@ -199,7 +199,7 @@ class Supervisor:
     def _give_up(self, child: Child) -> None:
         if self.failure is None:
             self.failure = child.failure or error_with_code(
-                4, f"{_how_it_died(child)}; the robot was stopped", f"see {self._log_path}"
+                4, f"{_how_it_died(child)}; the run was ended", f"see {self._log_path}"
             )
         self.failed.set()
 

@@ -6,10 +6,10 @@ import difflib
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .. import __version__
 from ..config import Section, Settings, flatten, load, to_dict
@@ -21,10 +21,32 @@ from .linkprofile import profile_named
 from .plan import Plan, Remote, Resume
 from .rundir import read_run
 
-__all__ = ["Place", "Request", "choose_preset", "make_plan", "one_of", "task_settings", "world_settings"]
+__all__ = [
+    "Place",
+    "Request",
+    "choose_preset",
+    "make_plan",
+    "one_of",
+    "resumed_settings",
+    "task_settings",
+    "world_settings",
+]
 
 CLOCKS = ("wall", "virtual")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class SettingSources(Protocol):
+    """Where a user's settings come from, the last one winning."""
+
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+
+    @property
+    def assignments(self) -> tuple[str, ...]: ...
+
+    @property
+    def overrides(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +120,12 @@ def make_plan(request: Request, places: Mapping[str, Place], image_hw: tuple[int
     if before is None:
         settings = _load(request, sections, presets=trees, file=request.config)
     else:
-        settings, reason = _resumed_settings(request, sections, before.folder), before.run["preset_reason"]
+        settings = resumed_settings(request, sections, before.folder, MAY_CHANGE)
+        reason = before.run["preset_reason"]
+        if settings.run.record:
+            raise SettingsError(
+                f"{before.folder} is a recorded run: it cannot go on, for a recording has no gaps", "make a new run"
+            )
     _check_recording(settings, names["clock"], place)
     return Plan(
         task_name=names["task"],
@@ -229,21 +256,26 @@ def _chosen(request: Request, name: str, before: _Before | None) -> Any:
     return before.run[name]
 
 
-def _resumed_settings(request: Request, sections: Mapping[str, type[Section]], folder: Path) -> Settings:
-    """The run's own settings, with what one session may change."""
-    own = load(sections, file=folder / "settings.toml")
-    settings = _load(request, sections, file=folder / "settings.toml")
+def resumed_settings(
+    request: SettingSources, sections: Mapping[str, type[Section]], folder: Path, may_change: Sequence[str]
+) -> Settings:
+    """The settings of a run that goes on: its own, with what one session may change; `SettingsError` for more."""
+    file = folder / "settings.toml"
+    own = load(sections, file=file)
+    settings = load(
+        sections,
+        file=file,
+        environment=request.environment,
+        assignments=request.assignments,
+        overrides=request.overrides,
+    )
     old, new = (dict(flatten(to_dict(found))) for found in (own, settings))
     for name, value in new.items():
-        if value != old[name] and not name.startswith(MAY_CHANGE):
+        if value != old[name] and not name.startswith(tuple(may_change)):
             raise SettingsError(
                 f"{name} = {value!r} differs from the run's {old[name]!r}",
-                f"a resumed run may change only {', '.join(part.rstrip('.') for part in MAY_CHANGE)}",
+                f"a resumed run may change only {', '.join(part.rstrip('.') for part in may_change)}",
             )
-    if settings.run.record:
-        raise SettingsError(
-            f"{folder} is a recorded run: it cannot go on, for a recording has no gaps", "make a new run"
-        )
     return settings
 
 

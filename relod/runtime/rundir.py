@@ -249,8 +249,8 @@ class RunFolder:
             with self._guarded(self.path / "tensorboard"):
                 self._events.add(_scalars(values), steps, utc_seconds())
 
-    def episode(self, end: EpisodeEnd, *, experience_s: float, wall_s: float, steps: int) -> None:
-        """Append a line for an episode that ended."""
+    def episode(self, end: EpisodeEnd, *, experience_s: float, wall_s: float, steps: int, robot: str = "") -> None:
+        """Append a line for an episode that ended; `robot` is whose it was, where there are several."""
         values = {
             "episode": end.episode,
             "length": end.length,
@@ -258,6 +258,7 @@ class RunFolder:
             "terminated": end.terminated,
             "success": end.success,
             "reason": end.reason,
+            **({"robot": robot} if robot else {}),
         }
         self._append_line(self._episodes, _stamped(experience_s, wall_s, steps, values))
         if self._events is not None and not self.failed:

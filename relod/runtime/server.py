@@ -86,8 +86,12 @@ class LearnerServer:
 
     # -- for the learner -----------------------------------------------------------------------------------------------
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port, which is another one where 0 was asked for. `StartError` when it cannot be had."""
+    async def start(self, host: str, port: int, *, listening: bool = True) -> int:
+        """Listen; returns the port, which is another one where 0 was asked for. `StartError` when it cannot be had.
+
+        Args:
+            listening: False only takes the port; until `listen`, robots are refused and come again.
+        """
         try:
             self._server = await serve(
                 self._serve,
@@ -103,6 +107,7 @@ class LearnerServer:
                 ping_interval=None,
                 close_timeout=CLOSE_S,
                 max_size=MAX_HEADER_BYTES,  # of strangers; a session sets its own
+                start_serving=listening,
                 logger=logging.Logger("relod.server", logging.CRITICAL + 1),  # what matters is said here
                 create_connection=cast(Any, functools.partial(Connection, self)),
             )
@@ -111,6 +116,11 @@ class LearnerServer:
         self._port = int(next(iter(self._server.sockets)).getsockname()[1])
         self._tasks = [self._start_task(self._sweep(), "sweep"), self._start_task(self._pack(), "pack")]
         return self._port
+
+    async def listen(self) -> None:
+        """Let robots in from now on."""
+        assert self._server is not None
+        await self._server.start_serving()
 
     def publish(self, values: npt.NDArray[np.float32], version: tuple[int, int]) -> None:
         """Send a policy to every robot that acts itself, now or when it comes; `values` may change afterwards."""

@@ -149,25 +149,25 @@ def render(state: RunState, width: int, height: int) -> Screen:
     return Screen([Segment.adjust_line_length(line, width) for line in lines[:height]])
 
 
-def _part(text: str, style: str = "") -> Segment:
+def styled(text: str, style: str = "") -> Segment:
     return Segment(text, Style.parse(style))  # rich remembers parsed styles
 
 
-def _box(title: str, lines: Lines, width: int, note: str = "") -> Lines:
+def framed(title: str, lines: Lines, width: int, note: str = "") -> Lines:
     """The lines in a frame of `width` characters, with a title above and a note below."""
-    side, inner = _part("│", FRAME), width - 4
+    side, inner = styled("│", FRAME), width - 4
     top = f" {title} "
     bottom = f" {note} " if note else ""
     return [
-        [_part("╭─", FRAME), _part(top, "bold"), _part("─" * (width - len(top) - 3) + "╮", FRAME)],
-        *([side, _part(" "), *Segment.adjust_line_length(line, inner), _part(" "), side] for line in lines),
-        [_part("╰" + "─" * (width - len(bottom) - 3), FRAME), _part(bottom, DIM), _part("─╯", FRAME)],
+        [styled("╭─", FRAME), styled(top, "bold"), styled("─" * (width - len(top) - 3) + "╮", FRAME)],
+        *([side, styled(" "), *Segment.adjust_line_length(line, inner), styled(" "), side] for line in lines),
+        [styled("╰" + "─" * (width - len(bottom) - 3), FRAME), styled(bottom, DIM), styled("─╯", FRAME)],
     ]
 
 
 def _beside(left: Lines, right: Lines) -> Lines:
     """Two blocks side by side, the left one's lines all of the length of its first."""
-    empty = [_part(" " * Segment.get_line_length(left[0]))]
+    empty = [styled(" " * Segment.get_line_length(left[0]))]
     return [
         [*(left[row] if row < len(left) else empty), *(right[row] if row < len(right) else [])]
         for row in range(max(len(left), len(right)))
@@ -182,34 +182,34 @@ def _banner(state: RunState, width: int) -> Line:
     else:
         text, style = f" REAL ROBOT   {state.robot}   camera {state.camera}", "bold white on red3"
     right = f"{state.task} · {state.mode} "
-    return [_part(text + right.rjust(max(0, width - len(text))), style)]
+    return [styled(text + right.rjust(max(0, width - len(text))), style)]
 
 
 def _camera_box(state: RunState) -> Lines:
     columns, rows = IMAGE_CELLS
     if state.image is None:
-        return _box("camera", [[_part("no picture yet", DIM)], *[[]] * (rows - 1)], columns + 4)
-    return _box("camera", half_blocks(state.image, columns, rows), columns + 4, f"age {state.frame_age_ms:.0f} ms")
+        return framed("camera", [[styled("no picture yet", DIM)], *[[]] * (rows - 1)], columns + 4)
+    return framed("camera", half_blocks(state.image, columns, rows), columns + 4, f"age {state.frame_age_ms:.0f} ms")
 
 
 def _figures(state: RunState, width: int) -> Lines:
     return [
-        *_box("return per episode", _returns(state, width - 4), width, f"{state.episodes} episodes"),
-        *_box("timing", _timing(state), width, f"cycle {state.cycle_ms:g} ms"),
-        *(_box("link", _link(state), width, str(state.link.get("learner", ""))) if state.link else []),
-        *_box("learner", _learner(state), width),
+        *framed("return per episode", _returns(state, width - 4), width, f"{state.episodes} episodes"),
+        *framed("timing", _timing(state), width, f"cycle {state.cycle_ms:g} ms"),
+        *(framed("link", _link(state), width, str(state.link.get("learner", ""))) if state.link else []),
+        *framed("learner", _learner(state), width),
     ]
 
 
 def _returns(state: RunState, width: int) -> Lines:
     if not state.returns:
-        return [[_part("no episode has ended yet", DIM)]]
+        return [[styled("no episode has ended yet", DIM)]]
     ends = [f"{max(state.returns):.0f}", f"{min(state.returns):.0f}"]
     label_width = max(map(len, ends))
     labels = [ends[0], *[""] * (CHART_ROWS - 2), ends[1]]
     chart = sparkline(state.returns, max(8, width - label_width - 1), CHART_ROWS)
     lines = [
-        [_part(f"{label:>{label_width}} ", DIM), _part(blocks, CHART)]
+        [styled(f"{label:>{label_width}} ", DIM), styled(blocks, CHART)]
         for label, blocks in zip(labels, chart, strict=True)
     ]
     return [*lines, _trend(state)]
@@ -218,28 +218,28 @@ def _returns(state: RunState, width: int) -> Lines:
 def _trend(state: RunState) -> Line:
     recent, before = state.returns[-TREND_EPISODES:], state.returns[-2 * TREND_EPISODES : -TREND_EPISODES]
     mean = sum(recent) / len(recent)
-    line = [_part(f"last {len(recent)}: ", DIM), _part(f"{mean:.1f}", "bold")]
+    line = [styled(f"last {len(recent)}: ", DIM), styled(f"{mean:.1f}", "bold")]
     if before:
         change = mean - sum(before) / len(before)
         arrow, style = ("▲", GOOD) if change > 0 else ("▼", WARN) if change < 0 else ("=", DIM)
-        line.append(_part(f"  {arrow} {abs(change):.1f}", style))
+        line.append(styled(f"  {arrow} {abs(change):.1f}", style))
     reached = state.successes[-TREND_EPISODES:]
     if reached:
         line += [
-            _part("   reached ", DIM),
-            _part(f"{sum(reached)} of {len(reached)}", GOOD if any(reached) else ""),
+            styled("   reached ", DIM),
+            styled(f"{sum(reached)} of {len(reached)}", GOOD if any(reached) else ""),
         ]
-    return [*line, _part("   best ", DIM), _part(f"{max(state.returns):.0f}")]
+    return [*line, styled("   best ", DIM), styled(f"{max(state.returns):.0f}")]
 
 
 def _timing(state: RunState) -> Lines:
     columns = ("p50", "p99", "max")
-    lines = [[_part(f"{'ms':<12}" + "".join(f"{column:>9}" for column in columns), DIM)]]
+    lines = [[styled(f"{'ms':<12}" + "".join(f"{column:>9}" for column in columns), DIM)]]
     for name, percentiles in (("lateness", state.lateness), ("act", state.act)):
         summary = percentiles.summary_ms()
         values = [summary[column] for column in columns]
-        lines.append([_part(f"{name:<12}", DIM), *(_part(f"{v:9.2f}", _urgency(v, state.cycle_ms)) for v in values)])
-    lines.append([_part("overruns    ", DIM), _part(f"{state.overruns:>9,}", WARN if state.overruns else GOOD)])
+        lines.append([styled(f"{name:<12}", DIM), *(styled(f"{v:9.2f}", _urgency(v, state.cycle_ms)) for v in values)])
+    lines.append([styled("overruns    ", DIM), styled(f"{state.overruns:>9,}", WARN if state.overruns else GOOD)])
     return lines
 
 
@@ -253,20 +253,20 @@ def _link(state: RunState) -> Lines:
     up = link["state"] == "up"
     told = f"up, {link['reconnects']:g} reconnects" if up else f"{link['state']} for {link['down_s']:.1f} s"
     waiting = ("backlog", f"{link['backlog']:g} steps, {float(link['backlog_bytes']) / 1e6:.1f} MB")
+    sends, receives = (float(link[f"{name}_bytes_per_s"]) / 1e6 for name in ("uplink", "downlink"))
     return [
-        [_part(told, GOOD if up else BAD), *_facts([("   ", "")]), *_facts([waiting])],
-        _facts(
+        [styled(told, GOOD if up else BAD), styled("   "), *fact_line([waiting])],
+        fact_line(
             [
                 ("round trip p50", f"{link['rtt_ms.p50']:.1f}"),
                 ("p99", f"{link['rtt_ms.p99']:.1f} ms"),
-                ("up", f"{link['up_ms']:.1f}"),
-                ("down", f"{link['down_ms']:.1f} ± {link['clock_uncertainty_ms']:.1f} ms"),
+                ("± clock", f"{link['clock_uncertainty_ms']:.1f} ms"),
             ]
         ),
-        _facts(
+        fact_line(
             [
-                ("sends", f"{float(link['uplink_bytes_per_s']) / 1e6:.2f}"),
-                ("receives", f"{float(link['downlink_bytes_per_s']) / 1e6:.2f} MB/s"),
+                ("up", f"{link['up_ms']:.1f} ms, {sends:.2f} MB/s"),
+                ("down", f"{link['down_ms']:.1f} ms, {receives:.2f} MB/s"),
             ]
         ),
     ]
@@ -275,7 +275,7 @@ def _link(state: RunState) -> Lines:
 def _learner(state: RunState) -> Lines:
     epoch, count = state.policy_version
     lines = [
-        _facts(
+        fact_line(
             [
                 ("updates", f"{state.updates:,}"),
                 ("per s", f"{state.updates_per_s:.1f}"),
@@ -285,33 +285,33 @@ def _learner(state: RunState) -> Lines:
         )
     ]
     if state.replay_capacity:
-        fill = _bar(state.replay_steps / state.replay_capacity, 20)
-        lines.append([_part("replay ", DIM), *fill, _part(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
+        fill = fill_bar(state.replay_steps / state.replay_capacity, 20)
+        lines.append([styled("replay ", DIM), *fill, styled(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
     if state.losses:
-        lines.append(_facts([(name, f"{value:.3g}") for name, value in state.losses.items()]))
+        lines.append(fact_line([(name, f"{value:.3g}") for name, value in state.losses.items()]))
     return lines
 
 
 def _episode_box(state: RunState, width: int) -> Lines:
     if state.hold and state.phase in ("holding", "waiting"):
-        held = [_part("waiting   ", "bold"), _part(state.hold, WARN)]
-        return _box(f"episode {state.episodes + 1}", [held], width)
-    line = [_part(f"{state.phase:<10}", "bold")]
+        held = [styled("waiting   ", "bold"), styled(state.hold, WARN)]
+        return framed(f"episode {state.episodes + 1}", [held], width)
+    line = [styled(f"{state.phase:<10}", "bold")]
     if state.episode_steps:
-        line += _bar(state.index / state.episode_steps, max(10, min(60, width - 50)))
-        line += [_part(f" {state.index} of {state.episode_steps}   "), _part("return ", DIM)]
-        line.append(_part(f"{state.episode_return:.0f}"))
+        line += fill_bar(state.index / state.episode_steps, max(10, min(60, width - 50)))
+        line += [styled(f" {state.index} of {state.episode_steps}   "), styled("return ", DIM)]
+        line.append(styled(f"{state.episode_return:.0f}"))
     steps = f"{state.steps:,} of {state.max_steps:,} steps" if state.max_steps else f"{state.steps:,} steps"
     limit = f" of {state.max_minutes:g}" if state.max_minutes else ""
-    note = f"{steps} · {state.experience_s / 60:.1f}{limit} min of experience · {_clock(state.elapsed_s)} in all"
-    return _box(f"episode {state.episodes + 1}", [line], width, note[: width - 6])
+    note = f"{steps} · {state.experience_s / 60:.1f}{limit} min of experience · {clock_text(state.elapsed_s)} in all"
+    return framed(f"episode {state.episodes + 1}", [line], width, note[: width - 6])
 
 
 def _status_line(state: RunState) -> Line:
     attention = state.status.get("attention")
     facts = [_fact(name, value) for name, value in state.status.items() if name != "attention" and value != ""]
-    line = [_part(" "), *_facts([*facts, ("sensor age", f"{state.sensor_age_ms:.0f} ms")])]
-    return [_part(f" {attention} ", "bold black on yellow3"), *line] if attention else line
+    line = [styled(" "), *fact_line([*facts, ("sensor age", f"{state.sensor_age_ms:.0f} ms")])]
+    return [styled(f" {attention} ", "bold black on yellow3"), *line] if attention else line
 
 
 def _fact(name: str, value: float | str) -> tuple[str, str]:
@@ -322,23 +322,23 @@ def _fact(name: str, value: float | str) -> tuple[str, str]:
 
 
 def _warnings(state: RunState) -> Lines:
-    return [[_part(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
+    return [[styled(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> Line:
+def fact_line(facts: Sequence[tuple[str, str]]) -> Line:
     return [
         part
         for number, (name, value) in enumerate(facts)
-        for part in (_part(("   " if number else "") + f"{name} ", DIM), _part(value))
+        for part in (styled(("   " if number else "") + f"{name} ", DIM), styled(value))
     ]
 
 
-def _bar(fraction: float, cells: int) -> Line:
+def fill_bar(fraction: float, cells: int) -> Line:
     filled = round(min(1.0, max(0.0, fraction)) * cells)
-    return [_part("━" * filled, CHART), _part("━" * (cells - filled), "grey30")]
+    return [styled("━" * filled, CHART), styled("━" * (cells - filled), "grey30")]
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     minutes, whole = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"
 
@@ -352,7 +352,7 @@ def summary_line(state: RunState) -> str:
     reached = sum(state.successes[-TREND_EPISODES:])
     parts = [
         "SIMULATED" if state.simulated else f"REAL ROBOT {state.robot}",
-        _clock(state.elapsed_s),
+        clock_text(state.elapsed_s),
         state.phase,
         f"{state.steps} steps",
         f"{state.episodes} episodes",

@@ -15,7 +15,7 @@ import pytest
 
 from relod.algos.agent import flatten_policy
 from relod.algos.sac import SAC
-from relod.errors import RelodError, SafetyStop, SettingsError
+from relod.errors import SafetyStop, SettingsError
 from relod.runtime.host import Result
 from relod.runtime.learnerrequest import choose_access, choose_teaching
 from relod.runtime.learnersession import LearnerSession, run_learner
@@ -49,14 +49,17 @@ class FakeServer:
         self.closed: list[str | None] = []
         self._playing: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int) -> int:
+    async def listen(self) -> None:
+        pass
+
+    async def start(self, host: str, port: int, *, listening: bool = True) -> int:
         self._playing = asyncio.create_task(self._play())
         return 8765
 
     async def _play(self) -> None:
         try:
             await type(self).script(self.hall, self)
-        except (RelodError, AssertionError) as error:
+        except Exception as error:
             if not self.failed.done():
                 self.failed.set_exception(error)
 
@@ -368,6 +371,22 @@ def test_a_run_that_goes_on_keeps_its_settings_and_its_task(tmp_path, no_worker)
         interrupt()
 
     assert go_on(folder, other).result.exit_code == 130
+
+
+def test_a_record_that_comes_while_the_worker_is_dead_is_kept(tmp_path, no_worker):
+    async def script(hall, server):
+        tape, admission = RobotTape(), hall.admit(make_join())
+        job = hall.learning.learner.worker_job()
+        hall.record(admission, *tape.step())
+        hall.learning.learner.poll()
+        job.link.close()
+        hall.record(admission, *tape.step())
+        assert hall.learning.learner.poll() == {}
+        interrupt()
+
+    play = Play(tmp_path, script)
+    assert play.result.exit_code == 130
+    assert play.kinds == [Kind.STEP, Kind.STEP, Kind.CUT]
 
 
 @pytest.mark.slow

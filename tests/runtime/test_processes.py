@@ -331,7 +331,7 @@ def test_a_child_that_may_not_restart_ends_the_run_and_the_failure_names_it_and_
     failure = house(tmp_path, body).supervisor.failure
     assert isinstance(failure, SafetyStop)
     assert failure.exit_code == EXIT_SAFETY
-    assert f"the obedient process was killed by {number.name}; the robot was stopped" in failure.message
+    assert f"the obedient process was killed by {number.name}; the run was ended" in failure.message
 
 
 @pytest.mark.slow
