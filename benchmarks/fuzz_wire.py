@@ -30,9 +30,10 @@ import msgspec
 import numpy as np
 
 with atheris.instrument_imports(include=["relod"]):
-    from relod.runtime import messages, wire
-    from relod.runtime.intake import Intake, check_spec
-    from relod.runtime.policyparts import PolicyParts
+    from relod.runtime import messages
+    from relod.runtime.remote import wire
+    from relod.runtime.remote.intake import Intake, check_spec
+    from relod.runtime.remote.policyparts import PolicyParts
 
 from relod.runtime.clock import NS_PER_MS, NS_PER_S, monotonic_ns
 from relod.runtime.provenance import describe

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import secrets
@@ -31,11 +32,11 @@ import uvloop
 from relod.config import LinkSettings
 from relod.robots import registry
 from relod.runtime.clock import NS_PER_S, cpu_seconds, cpu_seconds_of, monotonic_ns
-from relod.runtime.link import JoinFacts, RobotLink
 from relod.runtime.log.format import EncodedFrame
 from relod.runtime.log.reader import LogReader, find_log
-from relod.runtime.outbox import Outbox
 from relod.runtime.provenance import describe
+from relod.runtime.remote.link import JoinFacts, RobotLink
+from relod.runtime.remote.outbox import Outbox
 from relod.types import EpisodeEnd, Step, TaskSpec
 
 RELOD = (sys.executable, "-m", "relod")
@@ -272,13 +273,20 @@ def judge(
     }
 
 
+def busiest(samples: list[dict[str, Any]], name: str) -> float:
+    """Cores that a process used in its busiest second."""
+    pairs = [(one, other) for one, other in itertools.pairwise(samples) if other["at_s"] - one["at_s"] > 0.5]
+    used = [(other[f"{name}_cpu_s"] - one[f"{name}_cpu_s"]) / (other["at_s"] - one["at_s"]) for one, other in pairs]
+    return max(used, default=0.0)
+
+
 def what_breaks(found: dict[str, Any]) -> str:
     """In words: who had no more time."""
     if found["failures"]:
         return str(found["failures"][0])
     if found["keeps_up"]:
         return "nothing yet"
-    full = [name for name in ("generator", "learner") if found["cores"][name] > 0.9]
+    full = [name for name in ("generator", "learner") if busiest(found["samples"], name) > 0.95]
     if full:
         return f"one core is not enough for the {' and the '.join(full)}"
     if found["cores"]["machine"] > 0.95 * len(os.sched_getaffinity(0)):

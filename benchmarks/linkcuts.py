@@ -24,13 +24,13 @@ from typing import Any
 import uvloop
 from ingest import RELOD, Robot, create_spec, record, start_learner
 
-from relod.runtime.audit import audit
-from relod.runtime.chain import CHAIN_NAME, ChainWriter
 from relod.runtime.clock import NS_PER_S, monotonic_ns
-from relod.runtime.emulation import Relay
-from relod.runtime.linkprofile import profile_named
 from relod.runtime.log.format import EncodedFrame
 from relod.runtime.provenance import describe
+from relod.runtime.remote.audit import audit
+from relod.runtime.remote.chain import CHAIN_NAME, ChainWriter
+from relod.runtime.remote.emulation import Relay
+from relod.runtime.remote.linkprofile import profile_named
 
 RECORDED_STEPS = 600
 BACK_LIMIT_S = 60.0

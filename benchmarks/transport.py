@@ -38,14 +38,14 @@ from websockets.asyncio.server import ServerConnection, serve
 from relod.config import LinkSettings, ServerSettings
 from relod.robots import registry
 from relod.runtime.clock import NS_PER_MS, monotonic_ns
-from relod.runtime.link import JoinFacts, RobotLink
 from relod.runtime.log.format import EncodedFrame
 from relod.runtime.messages import encode
-from relod.runtime.outbox import Outbox
-from relod.runtime.owed import pack_policy
 from relod.runtime.provenance import describe
-from relod.runtime.server import Admission, LearnerServer
-from relod.runtime.wire import FrameHead, Join, Observe, RecordHead, Welcome, pack
+from relod.runtime.remote.link import JoinFacts, RobotLink
+from relod.runtime.remote.outbox import Outbox
+from relod.runtime.remote.owed import pack_policy
+from relod.runtime.remote.server import Admission, LearnerServer
+from relod.runtime.remote.wire import FrameHead, Join, Observe, RecordHead, Welcome, pack
 from relod.types import Step, TaskSpec
 
 try:

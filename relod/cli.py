@@ -269,7 +269,7 @@ def learner(
     as_json: JsonOption = False,
 ) -> None:
     """Learn for robots in the modes remote-local and remote-only, any number of them, on this or other hosts."""
-    from .runtime.learnersession import LearnerRequest, run_learner
+    from .runtime.remote.learnersession import LearnerRequest, run_learner
 
     overrides = {"run.steps": steps, "run.minutes": minutes, "run.seed": seed, "learner.device": device}
     result = run_learner(
@@ -303,7 +303,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Compare what a robot sent with what its learner has: nothing missing, doubled, out of order or different."""
-    from .runtime.audit import audit as compare
+    from .runtime.remote.audit import audit as compare
 
     report = compare(robot_run, learner_run)
     if as_json:

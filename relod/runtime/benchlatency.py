@@ -26,8 +26,8 @@ from ..robots import registry
 from . import provenance
 from .benchview import BenchView
 from .clock import NS_PER_S, monotonic_ns, sleep_s
-from .linkprofile import profile_named
 from .modes import MODES
+from .remote.linkprofile import profile_named
 from .request import one_of
 
 __all__ = ["FIGURES", "LatencyRequest", "ModeRow", "run_latency"]

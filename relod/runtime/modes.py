@@ -39,7 +39,7 @@ def _images_for(plan: Plan) -> tuple[int, int] | None:
     """The images that the learner's networks are made for; waits for the learner."""
     import uvloop
 
-    from .link import greet_learner
+    from .remote.link import greet_learner
 
     assert plan.remote is not None
 
@@ -73,14 +73,14 @@ def local_only(plan: Plan, arguments: tuple[str, ...]) -> Any:
 
 def remote_local(plan: Plan, arguments: tuple[str, ...]) -> Any:
     """Actor in the control process; experience goes over the link, policies come back."""
-    from .remotesession import run_remote
+    from .remote.robotsession import run_remote
 
     return run_remote(plan, arguments, acts="robot")
 
 
 def remote_only(plan: Plan, arguments: tuple[str, ...]) -> Any:
     """Observations and experience go over the link, actions come back; no torch on this host."""
-    from .remotesession import run_remote
+    from .remote.robotsession import run_remote
 
     return run_remote(plan, arguments, acts="learner")
 

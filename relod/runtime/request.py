@@ -16,9 +16,9 @@ from ..config import Section, Settings, flatten, load, to_dict
 from ..errors import SettingsError, StartError
 from ..robots import registry
 from ..robots.registry import TaskEntry
-from .access import find_token
-from .linkprofile import profile_named
 from .plan import Plan, Remote, Resume
+from .remote.access import find_token
+from .remote.linkprofile import profile_named
 from .rundir import read_run
 
 __all__ = [

@@ -12,8 +12,8 @@ from relod.runtime.log.codec import make_codec
 from relod.runtime.log.format import EncodedFrame, Kind
 from relod.runtime.log.reader import LogReader
 from relod.runtime.replay import ReplaySampler
+from tests.runtime.remote.teaching import RobotTape, make_plan, picture, resumed
 from tests.runtime.smallrun import HW
-from tests.runtime.teaching import RobotTape, make_plan, picture, resumed
 
 
 class Bench:
