@@ -118,6 +118,17 @@ SEEDS = (
     wire.pack(wire.RecordHead(seq=1), messages.encode(STEP)),
     wire.pack(wire.RecordHead(seq=2), messages.encode(END)),
     wire.pack(wire.Observe(ask=1, episode=0, index=0, frame_ids=(1, 2), now_ns=1), bytes(8)),
+    wire.pack(
+        wire.Observe(
+            ask=2,
+            episode=0,
+            index=0,
+            frame_ids=(1, 2),
+            now_ns=1,
+            frames=(wire.CarriedFrame(id=2, captured_ns=5, size=36),),
+        ),
+        bytes(44),
+    ),
     wire.pack(wire.Ping(sent_ns=1, backlog=2)),
     wire.pack(wire.Bye(reason="over")),
     wire.pack(wire.Challenge(protocol=1, relod="0", nonce=bytes(16), token=True)),

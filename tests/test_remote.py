@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from relod.runtime.log.reader import LogReader, find_log
 from relod.runtime.modes import MODES
+from relod.types import Step
 from tests.commands import QUICK_ROBOT, Run, children, learner, relod, resumed, robot
 from tests.namespaces import LEARNER_ADDRESS, cable
+from tests.runtime.remote.certificates import LOCAL_CERT, LOCAL_KEY
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -174,3 +177,57 @@ def test_a_cable_that_is_pulled(tmp_path: Path, mode: str) -> None:
                 assert (result["steps"], result["stopped_cleanly"]) == (300, True)
                 assert result["reconnects"] >= 1
                 audited(tmp_path, run, teacher.run_folder)
+
+
+def test_newer_policies_between_episodes_only(tmp_path: Path) -> None:
+    often = ("--set", "learner.publish_every_s=0.2")
+    arguments = ("--task", "track", "--policy-sync", "episode", "--steps", "420")
+    with (
+        learner(tmp_path, *often, name="-learner") as teacher,
+        robot(tmp_path, *distant(teacher.url, "remote-local", *arguments), quick=()) as run,
+    ):
+        assert run.wait(90) == 0, run.messages()
+        versions: dict[int, set[tuple[int, int]]] = {}
+        for record in LogReader(find_log(teacher.run_folder)).iterate():
+            if isinstance(record.message, Step) and record.message.policy_version != (0, 0):
+                versions.setdefault(record.message.episode, set()).add(record.message.policy_version)
+        assert {len(seen) for seen in versions.values()} == {1}
+        assert len(set.union(*versions.values())) > 1
+
+
+def test_an_encrypted_link_with_jpeg_frames(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text(LOCAL_CERT)
+    key.write_text(LOCAL_KEY)
+    with learner(tmp_path, "--cert", str(cert), "--key", str(key), name="-learner") as teacher:
+        url = f"wss://localhost:{teacher.url.rpartition(':')[2]}"
+        arguments = ("--steps", "60", "--image-codec", "jpeg")
+        with robot(tmp_path, *distant(url, "remote-only", "--ca", str(cert), *arguments), quick=QUICK_ROBOT) as run:
+            assert run.wait() == 0, run.messages()
+            assert run.result()["uplink_bytes"] < 60 * 30_000
+            audited(tmp_path, run, teacher.run_folder)
+        with robot(tmp_path, *distant(url, "remote-only"), quick=QUICK_ROBOT, name="-2") as mistrusting:
+            assert mistrusting.wait() == 3
+            assert "is not to be trusted" in mistrusting.messages()
+
+
+def test_two_robots_of_one_name_and_two_of_two(tmp_path: Path) -> None:
+    with learner(tmp_path, name="-learner") as teacher:
+        arguments = distant(teacher.url, "remote-local", "--steps", "100")
+        with robot(tmp_path, *arguments, quick=QUICK_ROBOT, name="-1") as first:
+            first.wait_for_steps(5)
+            with robot(tmp_path, *arguments, quick=QUICK_ROBOT, name="-2") as twin:
+                assert twin.wait() == 3
+                assert "--name" in twin.messages()
+            with robot(tmp_path, *arguments, "--name", "other", quick=QUICK_ROBOT, name="-3") as other:
+                assert (first.wait(), other.wait()) == (0, 0)
+        teacher.process.send_signal(signal.SIGINT)
+        assert teacher.wait() == 130
+        assert {name: each["steps"] for name, each in teacher.result()["robots"].items()} == {"arm": 100, "other": 100}
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with learner(tmp_path, name="-1") as first:
+        done = relod(tmp_path, "learner", "--listen", f"127.0.0.1:{first.url.rpartition(':')[2]}")
+        assert done.returncode == 3
+        assert "in use" in done.stderr

@@ -186,6 +186,7 @@ class Progress:
             "updates_per_s": round(state.updates_per_s, 2),
             "policy_epoch": state.policy_version[0],
             "policy_updates": state.policy_version[1],
+            "late_actions": int(self.reports.get("control", {}).get("late", 0)),
             "replay_steps": state.replay_steps,
             "overruns": state.overruns,
             **{f"metric.{name}": value for name, value in state.losses.items()},
@@ -193,7 +194,8 @@ class Progress:
             **{f"link.{name}": value for name, value in state.link.items()},
         }
         if profile is not None:
-            values |= {name: summary for name, summary in profile.summary().items() if summary["max"] > 0}
+            measured = {**profile.summary(), "policy_age_ms": self._policy_age.summary_ms()}
+            values |= {name: summary for name, summary in measured.items() if summary["max"] > 0}
         self._folder.metrics(experience_s=self.experience_s, wall_s=self.wall_s, steps=self.steps, values=values)
         if not self._folder.failed:
             with disk_errors(self._folder.path / "view.npz"):

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection
@@ -14,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from ...config import LinkSettings
 from ...errors import LinkLost, RelodError
 from ..clock import NS_PER_S, monotonic_ns
+from ..log.format import EncodedFrame
 from . import wire
 from .dialing import NotNow, refusal
 from .figures import LinkFigures
@@ -171,7 +173,7 @@ class LinkConnection:
             elif self._question is not None:
                 await self._put_question(*self._question)
             elif self._eager:
-                await self._put_frames((self._eager.popleft(),))
+                await self._put_frame(self._eager.popleft())
             elif self._bye:
                 if self._outbox.empty:
                     await self._put(wire.pack(wire.Bye(reason=self._bye)))
@@ -185,19 +187,30 @@ class LinkConnection:
                 await self._wake.wait()
 
     async def _put_question(self, head: wire.Observe, proprio: bytes) -> None:
+        """Send a question with the frames that the learner lacks, unless one is so old that nobody asks any more."""
         self._question = None
-        if await self._put_frames(head.frame_ids) and self._question is None:  # no newer one meanwhile
-            await self._put(wire.pack(head, proprio))
+        frames = self._lacking(head.frame_ids)
+        if frames is None:
+            return
+        if frames:
+            carried = tuple(
+                wire.CarriedFrame(id=i, captured_ns=frame.captured_ns, size=len(frame.data))
+                for i, frame in frames.items()
+            )
+            head = msgspec.structs.replace(head, frames=carried)
+            proprio = b"".join((proprio, *(frame.data for frame in frames.values())))
+        await self._put(wire.pack(head, proprio))
 
-    async def _put_frames(self, frame_ids: tuple[int, ...]) -> bool:
-        """Send those of these frames that the learner lacks; False when one is so old that nobody asks any more."""
+    async def _put_frame(self, frame_id: int) -> None:
+        for each, frame in (self._lacking((frame_id,)) or {}).items():
+            await self._put(wire.pack(wire.FrameHead(id=each, captured_ns=frame.captured_ns), frame.data))
+
+    def _lacking(self, frame_ids: tuple[int, ...]) -> dict[int, EncodedFrame] | None:
+        """Those of these frames that are to be sent now; None when one was lost."""
         try:
-            messages = self._outbox.frames_for(frame_ids)
+            return self._outbox.frames_for(frame_ids)
         except ValueError:
-            return False
-        for message in messages:
-            await self._put(message)
-        return True
+            return None
 
     async def _put(self, message: bytes) -> None:
         await self._websocket.send(message)

@@ -51,8 +51,8 @@ class Intake:
 
     @property
     def max_message_bytes(self) -> int:
-        """Room for a frame or a record with its header. A JPEG of noise may be larger than the pixels, not twice."""
-        return max(2 * self._image_bytes, messages.MAX_MESSAGE_BYTES) + MAX_HEADER_BYTES
+        """Room for a record, or a question with its frames. A JPEG of noise may be larger than the pixels, not twice."""
+        return max(2 * self._image_bytes * self._spec.frames, messages.MAX_MESSAGE_BYTES) + MAX_HEADER_BYTES
 
     def frame(self, head: FrameHead, payload: memoryview) -> None:
         """Keep a frame; `payload` is kept, not copied. Whether a JPEG can be decoded is not looked at.
@@ -87,8 +87,19 @@ class Intake:
         return None if known else (message, named)
 
     def question(self, head: Observe, payload: memoryview) -> tuple[tuple[EncodedFrame, ...], FloatArray]:
-        """Frames `(k,)` and proprioception `(P,)` of an observation."""
+        """Frames `(k,)` and proprioception `(P,)` of an observation; the frames it carries are kept."""
         spec = self._spec
+        if len(head.frames) > spec.frames:
+            raise WireError(f"a question carries {len(head.frames)} frames, and names {len(head.frame_ids)}")
+        rest = payload[4 * spec.proprio_dim :]
+        payload = payload[: 4 * spec.proprio_dim]
+        for carried in head.frames:
+            if carried.size > len(rest):
+                raise WireError(f"a question's frame {carried.id} has {len(rest)} bytes, not {carried.size}")
+            self.frame(FrameHead(id=carried.id, captured_ns=carried.captured_ns), rest[: carried.size])
+            rest = rest[carried.size :]
+        if rest:
+            raise WireError(f"a question has {len(rest)} bytes that belong to nothing")
         if head.ask <= self._ask:
             raise WireError(f"question {head.ask} after question {self._ask}")
         if len(head.frame_ids) != spec.frames:

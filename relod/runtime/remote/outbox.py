@@ -201,8 +201,9 @@ class Outbox:
         if not self._waiting:
             return None
         record = self._waiting[0]
-        if (frame := self._next_frame(record.frames)) is not None:
-            return frame
+        if (found := self._next_frame(record.frames)) is not None:
+            frame_id, frame = found
+            return wire.pack(wire.FrameHead(id=frame_id, captured_ns=frame.captured_ns), frame.data)
         self._flight.append(self._waiting.popleft())
         for frame_id in [each for each in self._learner_has if each < record.message.frame_ids[0]]:
             del self._learner_has[frame_id]
@@ -212,16 +213,19 @@ class Outbox:
             self.resent += 1
         return wire.pack(wire.RecordHead(seq=record.seq), encode(record.message))
 
-    def frames_for(self, frame_ids: tuple[int, ...]) -> list[bytes]:
-        """Messages of those of these camera frames that the learner does not have; `ValueError` when one was lost."""
+    def frames_for(self, frame_ids: tuple[int, ...]) -> dict[int, EncodedFrame]:
+        """Those of these camera frames that the learner does not have, to be sent now; `ValueError` when one was lost.
+
+        In the order in which they must come: sending one may make the learner forget another.
+        """
         lost = [frame_id for frame_id in frame_ids if frame_id not in self._recent]
         if lost:
             raise ValueError(f"frame {lost[0]} is not among the newest {self._frames_kept}")
         frames = {frame_id: self._recent[frame_id] for frame_id in frame_ids}
-        messages: list[bytes] = []
-        while (message := self._next_frame(frames)) is not None:
-            messages.append(message)
-        return messages
+        lacking: dict[int, EncodedFrame] = {}
+        while (found := self._next_frame(frames)) is not None:
+            lacking[found[0]] = found[1]
+        return lacking
 
     def ack(self, seq: int) -> None:
         """The learner has all records up to `seq` in its log; `ValueError` when that was never sent to it."""
@@ -285,16 +289,16 @@ class Outbox:
                 self._memory.hold(record)
                 self._waiting.append(record)
 
-    def _next_frame(self, frames: dict[int, EncodedFrame]) -> bytes | None:
-        """The message of the first of these frames that the learner lacks, which it then has.
+    def _next_frame(self, frames: dict[int, EncodedFrame]) -> tuple[int, EncodedFrame] | None:
+        """The first of these frames that the learner lacks, which it then has.
 
-        Looked up anew for each message, for every frame that goes out may push another out of the learner's memory.
+        Looked up anew for each, for every frame that goes out may push another out of the learner's memory.
         """
         for frame_id, frame in frames.items():
             if self._learner_has.get(frame_id) != frame.captured_ns:
                 keeps = min(self._frames_kept, LEARNER_KEEPS_BYTES // max(1, len(frame.data)))
                 _put_newest(self._learner_has, frame_id, frame.captured_ns, keeps)
-                return wire.pack(wire.FrameHead(id=frame_id, captured_ns=frame.captured_ns), frame.data)
+                return frame_id, frame
         return None
 
 

@@ -220,6 +220,7 @@ class RobotSession:
             raise WireError("a question of a robot that acts itself")
         self._question = (head, *self._intake.question(head, payload), monotonic_ns())
         self.tally.asked += 1
+        self.tally.frames += len(head.frames)
         self._asked.set()
 
     def _take_ping(self, head: Ping, payload: memoryview) -> None:

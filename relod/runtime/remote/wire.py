@@ -22,6 +22,7 @@ __all__ = [
     "Answer",
     "Bye",
     "Bytes",
+    "CarriedFrame",
     "Challenge",
     "Finished",
     "FrameHead",
@@ -108,14 +109,26 @@ class RecordHead(_Head, frozen=True, tag="record"):
     seq: Count  # counts a run's records from 1
 
 
+class CarriedFrame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A camera frame that travels in the payload of the question which names it."""
+
+    id: Count
+    captured_ns: Stamp
+    size: Count  # bytes of its image, encoded by the codec
+
+
 class Observe(_Head, frozen=True, tag="observe"):
-    """A question for an action, after the frames it names. Payload: proprioception, float32."""
+    """A question for an action. Payload: proprioception, float32; then the images of `frames`, one after the other.
+
+    What it names and does not carry was sent before.
+    """
 
     ask: Count  # grows; only the newest is answered
     episode: Count
     index: Count
     frame_ids: FrameIds
     now_ns: Stamp
+    frames: Annotated[tuple[CarriedFrame, ...], Meta(max_length=64)] = ()
 
 
 class Ping(_Head, frozen=True, tag="ping"):

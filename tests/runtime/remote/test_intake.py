@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from relod.runtime.messages import CycleRecord, encode
 from relod.runtime.remote.intake import FRAMES_KEPT, Intake, check_spec
-from relod.runtime.remote.wire import FrameHead, Observe, RecordHead, WireError
+from relod.runtime.remote.wire import CarriedFrame, FrameHead, Observe, RecordHead, WireError
 from relod.types import EpisodeEnd, Step
 from tests.runtime.logs import make_end, make_step
 from tests.runtime.remote.wirerobots import SPEC, pixels
@@ -236,6 +236,19 @@ def ready_intake() -> Intake:
     return intake
 
 
+CARRIED = CarriedFrame(id=2, captured_ns=7, size=18)
+
+
+def test_a_question_may_carry_the_frames_that_were_not_sent() -> None:
+    intake = new_intake()
+    intake.frame(FrameHead(id=1, captured_ns=0), memoryview(pixels(1)))
+    payload = np.array([1, 2], np.float32).tobytes() + pixels(2)
+    frames, proprio = ask(intake, payload, frames=(CARRIED,))
+    assert [(frame.captured_ns, bytes(frame.data)) for frame in frames] == [(0, pixels(1)), (7, pixels(2))]
+    assert proprio.tolist() == [1, 2]
+    ask(intake, ask=2)  # it is kept as one that came by itself
+
+
 def test_a_question_comes_with_its_frames_in_order() -> None:
     frames, proprio = ask(ready_intake(), np.array([1, 2], np.float32).tobytes(), frame_ids=(2, 1))
     assert [bytes(frame.data) for frame in frames] == [pixels(2), pixels(1)]
@@ -247,7 +260,13 @@ def test_a_question_comes_with_its_frames_in_order() -> None:
     [
         ({"frame_ids": (1, 2, 2)}, "names 3 frames, not 2"),
         ({"frame_ids": (1, 9)}, "frame 9 was not sent"),
-        ({"payload": bytes(9)}, "has 9 bytes, not 8"),
+        ({"payload": bytes(7)}, "has 7 bytes, not 8"),
+        ({"payload": bytes(9)}, "1 bytes that belong to nothing"),
+        ({"frames": (CARRIED,)}, "frame 2 has 0 bytes, not 18"),
+        ({"frames": (CARRIED,), "payload": bytes(8 + 17)}, "frame 2 has 17 bytes, not 18"),
+        ({"frames": (CARRIED,), "payload": bytes(8 + 19)}, "1 bytes that belong to nothing"),
+        ({"frames": (CarriedFrame(id=2, captured_ns=0, size=17),), "payload": bytes(8 + 17)}, "17 bytes, not 18"),
+        ({"frames": (CARRIED,) * 3, "payload": bytes(8 + 54)}, "carries 3 frames"),
         ({"payload": np.array([0, np.nan], np.float32).tobytes()}, "not finite"),
         ({"ask": 0}, "question 0 after question 0"),
     ],

@@ -107,6 +107,7 @@ class Learner:
         self.joins: list[wire.Join] = []
         self.connections: list[list[wire.FromRobot]] = []  # what came after each handshake
         self.log: list[bytes] = []
+        self.payloads: list[bytes] = []  # of questions
         self.sockets: list[ServerConnection] = []
         self.arrived = asyncio.Event()
         self.server: Server | None = None
@@ -179,6 +180,8 @@ class Learner:
                 self.log.append(bytes(payload))
                 if self.acks:
                     await self.tell(wire.Ack(seq=head.seq))
+            elif isinstance(head, wire.Observe):
+                self.payloads.append(bytes(payload))
             elif isinstance(head, wire.Ping) and not self.mute:
                 stamps = {"received_ns": received_ns, "replied_ns": monotonic_ns()}
                 await self.tell(wire.Pong(sent_ns=head.sent_ns, **stamps))
@@ -404,6 +407,23 @@ def test_an_observation_follows_its_frames_and_is_answered(tmp_path: Path) -> No
         await wait_until(lambda: bool(robot.events.answers))
         assert robot.events.answers == [(wire.Answer(ask=1, version=(1, 2), actions=2, act_ms=0.1), values)]
         assert 0 < robot.link.figures()["answer_ms"]["max"] < 1000
+
+    with_learner(tmp_path, body)
+
+
+def test_an_observation_carries_the_frames_that_were_not_sent(tmp_path: Path) -> None:
+    async def body(learner: Learner, robot: Robot) -> None:
+        robot.step()
+        await learner.until(lambda: len(learner.log) == 1)  # which names frames 1 and 2
+        robot.outbox.add_frame(3, EncodedFrame(data=FRAME, captured_ns=33))
+        robot.link.ask(observe(1, 2, 3), b"\0" * 4)
+        await learner.until(lambda: bool(learner.heads_of(wire.Observe)))
+        (question,) = learner.heads_of(wire.Observe)
+        assert question.frames == (wire.CarriedFrame(id=3, captured_ns=33, size=len(FRAME)),)
+        assert learner.payloads[-1] == b"\0" * 4 + FRAME
+        robot.link.ask(observe(2, 2, 3), b"\0" * 4)
+        await learner.until(lambda: len(learner.heads_of(wire.Observe)) == 2)
+        assert learner.heads_of(wire.Observe)[1].frames == ()
 
     with_learner(tmp_path, body)
 

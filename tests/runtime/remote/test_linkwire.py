@@ -44,6 +44,7 @@ tasks = st.builds(
     **dict.fromkeys(("camera_hw", "image_hw"), sizes),
 )
 
+carried = st.builds(wire.CarriedFrame, id=counts, captured_ns=stamps, size=counts)
 FROM_ROBOT: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Join: st.builds(
         wire.Join,
@@ -68,6 +69,7 @@ FROM_ROBOT: dict[type[Any], st.SearchStrategy[Any]] = {
         index=counts,
         frame_ids=st.lists(counts, min_size=1, max_size=64).map(tuple),
         now_ns=stamps,
+        frames=st.lists(carried, max_size=3).map(tuple),
     ),
     wire.Ping: st.builds(wire.Ping, sent_ns=stamps, backlog=counts),
     wire.Bye: st.builds(wire.Bye, reason=texts),
@@ -157,6 +159,7 @@ def sample(kind: type[Any]) -> dict[str, Any]:
         "agent": {},
         "metrics": {},
         "frame_ids": [1],
+        "frames": [[1, 2, 3]],
         "version": [1, 2],
         "position": None,
         "image_hw": [3, 4],
@@ -185,6 +188,7 @@ def test_every_field_is_needed_unless_it_has_a_default(kind, heads, unpack):
     unpack(framed(header))
     optional = {field.name for field in msgspec.structs.fields(kind) if field.default is not msgspec.NODEFAULT}
     assert optional == {
+        wire.Observe: {"frames"},
         wire.Ping: {"backlog"},
         wire.Challenge: {"image_hw"},
         wire.Refused: {"hint", "retry"},
