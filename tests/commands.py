@@ -172,6 +172,17 @@ class Learner(Command):
         super().__init__(folder, "learner", "--listen", listen, *quick, *arguments, **options)
         self.url = self.wait_for_message("listening at").split()[-1]
 
+    def wait_for_updates(self) -> None:
+        """Until its worker has learned from something; the robots may have gone."""
+        deadline = time.monotonic() + START_LIMIT_S
+        while not any(json.loads(line).get("updates") for line in self._metrics()):
+            assert self.process.poll() is None, self.messages()
+            assert time.monotonic() < deadline, f"no update in {START_LIMIT_S} s: {self.messages()}"
+            time.sleep(0.1)
+
+    def _metrics(self) -> list[str]:
+        return (self.run_folder / "metrics.jsonl").read_text().splitlines()
+
     @property
     def run_folder(self) -> Path:
         """Of the run it made."""
