@@ -59,7 +59,7 @@ class SafetySettings(Section, frozen=True):
     ] = 20.0
     # A held action is repeated, and recorded as what was done.
     max_unanswered: Annotated[
-        int, Meta(ge=0, le=10, description="cycles in a row that go on without an action from a learner that acts")
+        int, Meta(ge=1, le=10, description="cycles in a row for which an action is held while the learner is silent")
     ] = 2
     max_restarts: Annotated[int, Meta(ge=0, description="restarts of one child process before the run ends")] = 5
 

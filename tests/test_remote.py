@@ -234,3 +234,18 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         done = relod(tmp_path, "learner", "--listen", f"127.0.0.1:{first.url.rpartition(':')[2]}")
         assert done.returncode == 3
         assert "in use" in done.stderr
+
+
+def test_one_robot_after_the_other_each_exploring_its_own_way(tmp_path: Path) -> None:
+    """The first one's steps are all of the random ones, and none is left for an update: the second must not wait."""
+    with learner(tmp_path, name="-learner") as teacher:
+        for steps in ("20", "40"):
+            arguments = distant(teacher.url, "remote-local", "--steps", steps)
+            with robot(tmp_path, *arguments, quick=QUICK_ROBOT, name=f"-{steps}") as run:
+                assert run.wait() == 0, run.messages()
+        first: dict[int, list[float]] = {}
+        for record in LogReader(find_log(teacher.run_folder)).iterate():
+            if isinstance(record.message, Step):
+                first.setdefault(record.stream, record.message.action.tolist())
+        assert len(first) == 2
+        assert first[0] != first[1]

@@ -164,7 +164,8 @@ class Cycle:
         assert observed is not None
         if self._answered_ns < observed.now_ns:
             self._unanswered += 1
-            if self._unanswered > self._safety.max_unanswered:
+            held = self._unanswered if action is not None else self._unanswered - 1  # nothing was done yet
+            if held >= self._safety.max_unanswered:
                 return self._interrupted("no action from the learner")
         if action is None:  # nothing was done yet: the episode begins with what is seen now
             return self._act(self._observe(now_ns, inputs))

@@ -37,7 +37,7 @@ from .spans import SpanRing
 from .view import View, open_view
 from .world import NEW_EPISODE, WorldJob
 
-__all__ = ["ChildSpec", "Events", "Learning", "Result", "RobotHost"]
+__all__ = ["ChildSpec", "Events", "Learning", "Opening", "Result", "RobotHost"]
 
 T = TypeVar("T")
 
@@ -53,6 +53,14 @@ class ChildSpec:
     name: str
     target: str
     job: Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What the control process is made with."""
+
+    build_actor: Callable[[], ActorHost]
+    seed: int  # of its random streams; among the robots of one learner each has another
 
 
 class Events(Protocol):
@@ -78,8 +86,8 @@ class Events(Protocol):
 class Learning(Protocol):
     """Where experience goes and actions come from: a replay and a worker on this host, or a link to another."""
 
-    async def open(self, events: Events) -> Callable[[], ActorHost]:
-        """Be ready for experience; returns what builds the control process's actor. `RelodError` when it cannot."""
+    async def open(self, events: Events) -> Opening:
+        """Be ready for experience; `RelodError` when it cannot be."""
         ...
 
     def children(self) -> Sequence[ChildSpec]:
@@ -224,7 +232,7 @@ class RobotHost:
         """Everything that takes long starts at once; what needs an address waits for it."""
         plan, shared, supervisor = self._plan, self._shared, self._supervisor
         self.progress.phase("connecting")
-        build_actor = await self._unless_ended(self._learning.open(self))
+        opening = await self._unless_ended(self._learning.open(self))
         self._extra = self._learning.children()
         self.progress.phase("starting")
         children = [
@@ -233,9 +241,9 @@ class RobotHost:
                 "relod.runtime.control:run_control",
                 lambda: ControlJob(
                     build_task=plan.task_builder,
-                    build_actor=build_actor,
+                    build_actor=opening.build_actor,
                     safety=plan.settings.safety,
-                    seed=plan.settings.run.seed,
+                    seed=opening.seed,
                     start=self._start_at,
                     max_steps=plan.max_steps,
                     sensors=shared.sensors,

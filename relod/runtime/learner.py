@@ -63,6 +63,11 @@ class LearnerSide:
         self._close_link()
         self.experience.log.close()
 
+    @property
+    def epoch(self) -> int:
+        """Of the newest worker's policies."""
+        return self._epoch
+
     # -- experience ----------------------------------------------------------------------------------------------------
 
     def add_frame(self, frame: Frame) -> None:

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .acting import BoxActor
 from .checkpoint import Checkpoint
-from .host import ChildSpec, Events, Result, RobotHost
+from .host import ChildSpec, Events, Opening, Result, RobotHost
 from .learner import LearnerSide
 from .messages import Asked
 from .plan import Plan, Start
@@ -27,7 +26,7 @@ def run_wall(
     progress = Progress(plan, folder)
     start = _resume(plan, folder, learner, progress, checkpoint) if plan.resume is not None else Start()
     record_to = folder.path / "policies" if plan.settings.run.record else None
-    learning = _LocalLearning(learner, start, record_to)
+    learning = _LocalLearning(learner, start, record_to, plan.settings.run.seed)
     host = RobotHost(plan=plan, folder=folder, learning=learning, spans=spans, start=start, progress=progress)
     return finish(folder, host.run(), host.progress)
 
@@ -35,12 +34,12 @@ def run_wall(
 class _LocalLearning:
     """`host.Learning` on this host: the learner's side in this process, its worker as a child."""
 
-    def __init__(self, learner: LearnerSide, start: Start, record_to: Path | None) -> None:
-        self._learner, self._start, self._record_to = learner, start, record_to
+    def __init__(self, learner: LearnerSide, start: Start, record_to: Path | None, seed: int) -> None:
+        self._learner, self._start, self._record_to, self._seed = learner, start, record_to, seed
         self.add_frame, self.add = learner.add_frame, learner.add
 
-    async def open(self, events: Events) -> BoxActor:
-        return self._learner.actor(self._start, self._record_to)
+    async def open(self, events: Events) -> Opening:
+        return Opening(build_actor=self._learner.actor(self._start, self._record_to), seed=self._seed)
 
     def children(self) -> list[ChildSpec]:
         job = self._learner.worker_job

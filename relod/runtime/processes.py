@@ -84,8 +84,8 @@ class Supervisor:
     """Starts the children, listens to them, restarts those that may be, and ends them in order.
 
     `on_event(name, text)` and `on_report(name, values)` are called on the loop, `on_restart(name)` after a restart,
-    `on_done(name)` when a child has ended with exit code 0 unasked: its work is done. When a child that may not be
-    restarted dies, or one dies too often, `failed` is set.
+    `on_done(name)` when one that may not be restarted has ended with exit code 0 unasked: its work is done. When such a
+    child dies in another way, or one dies too often, `failed` is set.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Supervisor:
             assert child.process is not None
             if child.stopping:
                 return
-            if child.process.exitcode == 0:
+            if child.process.exitcode == 0 and not child.restart:  # else it was told to end by somebody else
                 self._on_done(child.name)
                 return
             if child.restart and child.starts <= self._max_restarts and _may_restart(child.failure):

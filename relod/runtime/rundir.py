@@ -41,7 +41,16 @@ from .clock import utc_seconds
 from .spans import SPAN, Stage
 from .tensorboard import EventWriter
 
-__all__ = ["Appender", "EpisodeLine", "RunFolder", "disk_errors", "read_run", "sync_folder", "write_atomic"]
+__all__ = [
+    "Appender",
+    "EpisodeLine",
+    "RunFolder",
+    "disk_errors",
+    "is_locked",
+    "read_run",
+    "sync_folder",
+    "write_atomic",
+]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SPANS_LIMIT_BYTES = 256 << 20  # about four hours of a 45 ms cycle with its 5 ms sentinel
@@ -317,6 +326,15 @@ class RunFolder:
         except SafetyStop:
             self.failed = True
             raise
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some relod writes to this run folder now."""
+    try:
+        os.close(_lock(path))
+    except (StartError, OSError):
+        return True
+    return False
 
 
 def _lock(path: Path) -> int:

@@ -28,6 +28,7 @@ from .checkpoint import Checkpoint, newest_readable, write_checkpoint
 from .clock import NS_PER_S, WallClock
 from .policy import PolicyBox, PolicyWriter
 from .replay import ReplaySampler, ReplayTable
+from .rundir import is_locked
 from .spans import SpanRing, Stage
 from .updates import LearnerLoop
 
@@ -168,6 +169,7 @@ class _Worker:
     def __init__(self, job: WorkerJob, loop: LearnerLoop) -> None:
         self._job = job
         self._loop = loop
+        self._parent = os.getppid()
         self._clock = WallClock()
         self._status_ns = self._checkpoint_ns = self._clock.now_ns()
         self._status_updates = loop.updates
@@ -214,10 +216,14 @@ class _Worker:
 
     def _write_checkpoint(self) -> None:
         self._checkpoint_ns = self._clock.now_ns()
-        if self._loop.updates != self._checkpoint_updates:
+        if self._loop.updates != self._checkpoint_updates and not self._replaced():
             write_checkpoint(self._job.checkpoints, self._loop.checkpoint(self._job.extra))
             self._checkpoint_updates, self._written_ns = self._loop.updates, self._clock.now_ns()
             self._has_policy = self._loop.published >= 0
+
+    def _replaced(self) -> bool:
+        """Whether the run has gone on without this worker, whose parent was killed: its checkpoints are not wanted."""
+        return os.getppid() != self._parent and is_locked(self._job.checkpoints.parent)
 
     def _send_status(self, now_ns: int) -> None:
         loop = self._loop

@@ -467,12 +467,11 @@ def test_an_older_answer_after_a_newer_one_is_of_no_use():
 
 def test_without_answers_the_robot_stands_after_two_held_cycles_and_the_episode_is_closed():
     bench = distant(0.5, 0.5)
-    held = [bench.tick(), bench.tick()]
-    assert [moving(tick) for tick in held] == [True, True]
+    assert moving(bench.tick())  # held while the answer to what was asked before might come, and once more
     tick = bench.tick()
     assert (tick.phase, tick.command, tick.step) == (Phase.HOLDING, STOP, None)
     assert tick.end is not None
-    assert (tick.end.length, tick.end.terminated) == (4, False)
+    assert (tick.end.length, tick.end.terminated) == (3, False)
     assert "learner" in tick.end.reason
     assert bench.answer(0.5) is None  # it comes after the end
     bench.until(Phase.RUNNING)

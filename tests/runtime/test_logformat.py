@@ -186,8 +186,21 @@ def test_an_image_of_another_size_is_a_value_error(name):
     codec = make_codec(name, image_hw=(16, 24))
     with pytest.raises(ValueError, match="uint8"):
         codec.encode(np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"192 bytes are no image|\(8, 8, 3\) uint8, not"):
+    with pytest.raises(ValueError, match="192 bytes are no image|a JPEG is 8x8, not 16x24"):
         codec.decode(other.encode(np.zeros((8, 8, 3), np.uint8)))
+
+
+def test_a_jpeg_that_would_take_gigabytes_is_not_decoded(monkeypatch):
+    codec = make_codec("jpeg", image_hw=(16, 24))
+    data = bytearray(codec.encode(np.zeros((16, 24, 3), np.uint8)))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="a JPEG is 65535x65535"):
+        codec.decode(bytes(data))
+    for other in (b"", b"\xff\xd8", b"\xff\xd8\xff\xff\xff", b"\x89PNG" + bytes(40)):
+        with pytest.raises(ValueError, match="bytes are no JPEG"):
+            codec.decode(other)
 
 
 def test_an_unknown_codec_is_a_value_error():

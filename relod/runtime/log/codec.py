@@ -18,6 +18,7 @@ from ...types import Image
 __all__ = ["Codec", "make_codec", "make_look"]
 
 DEFAULT_QUALITY = 90
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers SOF0 to SOF15
 
 Bytes: TypeAlias = bytes | memoryview
 
@@ -84,6 +85,11 @@ class _Jpeg:
         return cv2.imencode(".jpg", image, self._parameters)[1].tobytes()
 
     def decode(self, data: Bytes) -> Image:
+        found = _jpeg_size(data)
+        if found is None:
+            raise ValueError(f"{len(data)} bytes are no JPEG")
+        if found != self._shape[:2]:  # before memory is taken for pixels nobody wants
+            raise ValueError(f"a JPEG is {found[0]}x{found[1]}, not {self._shape[0]}x{self._shape[1]}")
         try:
             image = cast(Image | None, cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR))
         except cv2.error as error:  # no bytes at all, or a size beyond OpenCV's own limit
@@ -92,6 +98,22 @@ class _Jpeg:
             raise ValueError(f"{len(data)} bytes are no JPEG")
         _check_shape(image, self._shape)
         return image
+
+
+def _jpeg_size(data: Bytes) -> tuple[int, int] | None:
+    """Height and width that a JPEG says it has (ITU-T T.81, B.2.2); None where it does not come to that."""
+    view, at = memoryview(data), 2
+    if bytes(view[:2]) != b"\xff\xd8":
+        return None
+    while at + 9 <= len(view):
+        marker = view[at + 1]
+        if view[at] != 0xFF or marker == 0xFF:  # fill bytes may come before a marker
+            at += 1
+            continue
+        if marker in _FRAME_HEADERS:
+            return int.from_bytes(view[at + 5 : at + 7], "big"), int.from_bytes(view[at + 7 : at + 9], "big")
+        at += 2 + int.from_bytes(view[at + 2 : at + 4], "big")
+    return None
 
 
 def _check_shape(image: Image, shape: tuple[int, ...]) -> None:

@@ -24,6 +24,7 @@ from .policyparts import PolicyParts
 
 __all__ = ["LinkConnection", "LinkEvents"]
 
+ACTION_SLACK = 1e-5  # of rounding
 EAGER_FRAMES = 8  # frames waiting to be sent ahead of their observation; older ones are of no use
 
 
@@ -169,7 +170,7 @@ class LinkConnection:
         while True:
             if self._ping_due:
                 self._ping_due = False
-                await self._put(wire.pack(wire.Ping(sent_ns=monotonic_ns(), backlog=self._outbox.backlog)))
+                await self._put(wire.pack(self._ping()))
             elif self._question is not None:
                 await self._put_question(*self._question)
             elif self._eager:
@@ -185,6 +186,10 @@ class LinkConnection:
             else:
                 self._wake.clear()
                 await self._wake.wait()
+
+    def _ping(self) -> wire.Ping:
+        rtt_ms = self._figures.rtt_ms
+        return wire.Ping(sent_ns=monotonic_ns(), backlog=self._outbox.backlog, rtt_ms=rtt_ms)
 
     async def _put_question(self, head: wire.Observe, proprio: bytes) -> None:
         """Send a question with the frames that the learner lacks, unless one is so old that nobody asks any more."""
@@ -241,8 +246,11 @@ class LinkConnection:
             case wire.Answer():
                 if head.actions != self._action_dim or len(payload) % 4 or len(payload) < 4 * head.actions:
                     raise ValueError(f"an answer of {head.actions} action values in {len(payload)} bytes")
-                if not np.isfinite(np.frombuffer(payload, "<f4")).all():
+                values = np.frombuffer(payload, "<f4")
+                if not np.isfinite(values).all():
                     raise ValueError("an answer with values that are not finite")
+                if np.abs(values[: head.actions]).max() > 1 + ACTION_SLACK:
+                    raise ValueError("an action outside [-1, 1]")
             case wire.PolicyPart():
                 return self._parts.add(head, payload)
             case wire.Challenge() | wire.Welcome():

@@ -32,6 +32,7 @@ MAX_MESSAGE_BYTES = 4 + wire.MAX_HEADER_BYTES + wire.POLICY_PART_BYTES
 # A message waits behind at most this much of those before it, in the kernel; the rest is held back here, in order of
 # urgency.
 UNSENT_BYTES = 1 << 16
+FORGET_AFTER = 20  # failed attempts, some 5 s
 BUSY_STATUS = (429, 500, 502, 503, 504)  # HTTP: too many connections, or a gateway whose learner is not there yet
 
 
@@ -82,6 +83,7 @@ class Dialer:
         self._join = join
         self._tls = client_tls(url, ca)
         self._addresses: list[tuple[Any, ...]] = []
+        self._failures = 0
 
     async def dial(self, *, connect_s: float, hello_s: float) -> tuple[ClientConnection, wire.Welcome]:
         """A connection that was welcomed; `connect_s` limits TCP per address, `hello_s` all that follows it.
@@ -143,6 +145,9 @@ class Dialer:
                 raise
             else:
                 return sock
+        self._failures += 1
+        if self._failures % FORGET_AFTER == 0:
+            self._addresses = []  # it may have another by now
         text = os.strerror(problem.errno).lower() if problem.errno else "no answer"
         raise NotNow(text, refused=isinstance(problem, ConnectionRefusedError))
 

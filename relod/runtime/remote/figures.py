@@ -63,6 +63,11 @@ class LinkFigures:
         self._asked.clear()
         self._bytes.clear()
 
+    @property
+    def rtt_ms(self) -> float:
+        """The median round trip so far."""
+        return self._round_trips.percentile_ms(50.0)
+
     def to_dict(self) -> dict[str, Any]:
         """All figures; times of the clocks are None before the first answer to a ping."""
         self._flush()

@@ -27,7 +27,7 @@ from ..learner import LearnerSide
 from ..log.format import EncodedFrame
 from ..log.reader import LogRecord
 from ..plan import LearnerPlan, Start
-from ..policy import PolicyBox, PolicyReader
+from ..policy import NO_POLICY, PolicyBox, PolicyReader
 from ..rundir import RunFolder
 from ..view import TREND_EPISODES
 from .serversession import Admission
@@ -113,12 +113,13 @@ class LearnerRun:
 
         def see(record: LogRecord) -> None:
             message = record.message
+            book.reserve(record.stream)
             if not isinstance(message, EpisodeEnd):
                 return
             key = (record.env_steps, message.episode, message.length, message.return_)
             told[key] -= 1
             if told[key] < 0:
-                untold.append((record.env_steps, message, book.robots[record.stream][0]))
+                untold.append((record.env_steps, message, book.name(record.stream)))
 
         read_from = 0  # a log that lost its tail in a power cut has less than the book says
         if book.noted_steps <= experience.log.env_steps:
@@ -164,6 +165,7 @@ class LearnerRun:
                 position=self.experience.positions.get(stream),
                 env_steps=self.env_steps,
                 policy_size=self.learner.box.size,
+                has_policy=self.policies.version != NO_POLICY,
                 precision=settings.server.precision,
                 proof=b"",
             ),
@@ -196,8 +198,10 @@ class LearnerRun:
 
         Raises:
             SafetyStop: log or run folder cannot be written.
-            ValueError: a frame cannot be decoded.
+            ValueError: a frame cannot be decoded, or the policy it names was never made.
         """
+        if isinstance(message, Step):
+            self._check_version(message.policy_version)
         self.experience.add_record(admission.stream, message, frames)
         robot = self.robots[admission.robot]
         if isinstance(message, Step):
@@ -214,6 +218,12 @@ class LearnerRun:
         if segment != self._segment:
             self._segment = segment
             self._note()
+
+    def _check_version(self, version: tuple[int, int]) -> None:
+        """Epochs in the log say from where a resumed learner goes on: one that was made up would stay for ever."""
+        newest = max(self.policies.version[0], self.learner.epoch, 1)
+        if version[0] > newest:
+            raise ValueError(f"a step by a policy of epoch {version[0]}, and the newest is {newest}")
 
     async def act(
         self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray

@@ -7,6 +7,7 @@ what a robot sends.
 from __future__ import annotations
 
 import math
+import re
 
 import msgspec
 import numpy as np
@@ -24,6 +25,8 @@ FRAMES_KEPT = 512
 FRAMES_KEPT_BYTES = 1 << 26
 MAX_IMAGE_BYTES = 1 << 24
 MAX_FRAMES, MAX_ACTIONS, MAX_PROPRIO = 64, 1024, 4096
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+LARGEST = float(np.finfo(np.float32).max)  # a replay's numbers
 ACTION_SLACK = 1e-6
 MAX_COUNT = 2**53
 MAX_STAMP = 2**63 - 1
@@ -51,7 +54,7 @@ class Intake:
 
     @property
     def max_message_bytes(self) -> int:
-        """Room for a record, or a question with its frames. A JPEG of noise may be larger than the pixels, not twice."""
+        """Room for a record, or a question with its frames. A JPEG may be larger than its pixels, not twice."""
         return max(2 * self._image_bytes * self._spec.frames, messages.MAX_MESSAGE_BYTES) + MAX_HEADER_BYTES
 
     def frame(self, head: FrameHead, payload: memoryview) -> None:
@@ -96,7 +99,10 @@ class Intake:
         for carried in head.frames:
             if carried.size > len(rest):
                 raise WireError(f"a question's frame {carried.id} has {len(rest)} bytes, not {carried.size}")
-            self.frame(FrameHead(id=carried.id, captured_ns=carried.captured_ns), rest[: carried.size])
+            image = rest[: carried.size]
+            if len(head.frames) > 1:  # a view of a part would keep all of the message in memory
+                image = memoryview(bytes(image))
+            self.frame(FrameHead(id=carried.id, captured_ns=carried.captured_ns), image)
             rest = rest[carried.size :]
         if rest:
             raise WireError(f"a question has {len(rest)} bytes that belong to nothing")
@@ -106,7 +112,7 @@ class Intake:
             raise WireError(f"a question names {len(head.frame_ids)} frames, not {spec.frames}")
         if len(payload) != 4 * spec.proprio_dim:
             raise WireError(f"a question's proprioception has {len(payload)} bytes, not {4 * spec.proprio_dim}")
-        proprio = np.frombuffer(payload, "<f4").astype(np.float32, copy=False)
+        proprio = np.frombuffer(payload, "<f4").astype(np.float32)  # a copy: an actor may want to write
         _check_floats("proprioception", proprio, spec.proprio_dim)
         named = self._named(head.frame_ids)
         self._ask = head.ask
@@ -129,6 +135,11 @@ class Intake:
 
 def check_spec(spec: TaskSpec) -> None:
     """`WireError` for a task of impossible sizes, or of sizes that one robot must not take up."""
+    if not NAME.fullmatch(spec.name):  # it becomes a folder's
+        raise WireError("a task whose name is none: letters, digits and . _ : - only, 64 at most")
+    names = (spec.robot, *spec.proprio_names, *spec.action_names)
+    if not all(name.isprintable() and len(name) <= 64 for name in names):
+        raise WireError("a task with names that cannot be printed, or of more than 64 characters")
     height, width = spec.image_hw
     image_bytes = height * width * 3
     # Products of negative sizes are positive, so each is looked at.
@@ -191,7 +202,7 @@ def _check_floats(name: str, values: FloatArray, size: int) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:  # nor is NaN
         raise WireError(f"a {name} that is not finite")
 
 

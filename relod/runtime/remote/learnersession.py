@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -56,6 +57,8 @@ class Server(Protocol):
 
     async def listen(self) -> None: ...
 
+    def prefer(self, image_hw: tuple[int, int]) -> None: ...
+
     def publish(self, values: npt.NDArray[np.float32], version: tuple[int, int]) -> None: ...
 
     def tell(self, message: FromLearner) -> None: ...
@@ -71,9 +74,16 @@ def run_learner(request: LearnerRequest) -> Result:
     Raises:
         SettingsError, StartError: before anything was begun.
     """
+    _allow_many_files()
     teaching = choose_teaching(request)
     access = choose_access(request, Path(teaching.settings.run.folder))
     return LearnerSession(teaching, access).run()
+
+
+def _allow_many_files() -> None:
+    """As many descriptors as may be had: connections that say nothing must not keep the log from its next segment."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class LearnerSession:
@@ -197,6 +207,8 @@ class LearnerSession:
                 learning.restore(checkpoint)
             self._stack.push(stack.pop_all())
         self.learning, self._limit = learning, limit
+        assert self._server is not None
+        self._server.prefer(plan.spec.image_hw)
         self.books.begin(learning, limit)
         learned = f" with its learner at update {checkpoint.counters['updates']}" if checkpoint is not None else ""
         self._say(f"going on at step {steps}{learned}" if plan.resume is not None else f"task {plan.task_name}")

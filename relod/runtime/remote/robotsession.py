@@ -5,6 +5,9 @@ Imports torch only where the robot acts itself.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import importlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +23,7 @@ from ...robots import registry
 from ...robots.vision import make_shrink
 from ...types import EpisodeEnd, Frame, Step
 from ..control import ActorHost
-from ..host import ChildSpec, Events, Result, RobotHost
+from ..host import ChildSpec, Events, Opening, Result, RobotHost
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
 from ..messages import Answered, Asked
@@ -72,7 +75,7 @@ class _RemoteLearning:
         self._shrink = make_shrink(spec.image_hw)
         self._codec = make_codec(settings.log.codec, settings.log.jpeg_quality, image_hw=spec.image_hw)
         self._frames: dict[int, EncodedFrame] = {}
-        self._episode_open = self._finishing = False
+        self._episode_open = self._finishing = self._lost = False
         self._outbox = Outbox(
             folder.path / "outbox",
             memory_bytes=int(settings.link.outbox_mib * MIB),
@@ -90,10 +93,12 @@ class _RemoteLearning:
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
-    async def open(self, events: Events) -> Callable[[], ActorHost]:
-        """Connect, waiting for the learner if need be; returns what builds the control process's actor."""
+    async def open(self, events: Events) -> Opening:
+        """Connect, waiting for the learner if need be."""
         self._events = events
         plan, remote = self._plan, self._remote
+        if self._acts == "robot":  # before the link is up: it takes seconds, in which no ping would be sent
+            await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, "relod.runtime.acting")
         self._link = RobotLink(
             await self._url(remote),
             token=remote.token,
@@ -122,7 +127,8 @@ class _RemoteLearning:
                 "agent": welcome.agent,
             }
         )
-        return AskingHost if self._acts == "learner" else self._build_actor(welcome)
+        build = AskingHost if self._acts == "learner" else self._build_actor(welcome)
+        return Opening(build_actor=build, seed=welcome.seed)
 
     async def _url(self, remote: Remote) -> str:
         """Where to connect to: the learner, or a relay that makes the link worse."""
@@ -157,14 +163,14 @@ class _RemoteLearning:
             )
         box = PolicyBox(size)
         self._publish = PolicyWriter(box).publish
-        if welcome.env_steps >= algorithm.needs(spec, agent).init_steps:
-            self._hold("policy", "waiting for the first policy")
+        if welcome.has_policy:
+            self._hold("policy", "waiting for the learner's policy")
         return BoxActor(
             algorithm=target,
             spec=spec,
             settings=agent,
             box=box,
-            seed=plan.settings.run.seed,
+            seed=welcome.seed,
             start=replace(self._start, step=welcome.env_steps),
             record_to=None,
         )
@@ -186,10 +192,17 @@ class _RemoteLearning:
             self._link.frame(frame.id)
 
     def add(self, message: Step | EpisodeEnd) -> None:
-        """Into the outbox, and into the chain that says later what was delivered."""
+        """Into the outbox, and into the chain that says later what was delivered.
+
+        After the first record that finds no room nothing is taken: the run ends, and a learner takes no gaps.
+        """
         self._episode_open = isinstance(message, Step)
+        if self._lost:
+            return
+        self._lost = True  # unless what follows succeeds
         if self._outbox.add(message):
             self._chain.add(message, self._frames)
+        self._lost = False
         if self._outbox.full:
             self._hold("outbox", FULL)
         if self._link is not None:
@@ -280,20 +293,24 @@ class _RemoteLearning:
         return {"backlog": float(self._outbox.backlog), "backlog_bytes": float(self._outbox.backlog_bytes)}
 
     async def finish(self) -> None:
-        """Deliver what is left; `LinkLost` when that takes too long."""
+        """Deliver what is left; `LinkLost` when that takes too long, or when this is cancelled."""
         self._finishing = True
         self._hold("link", "")
-        try:
-            if self._link is not None and self._welcome is not None and not await self._link.close(drain=True):
+        async with contextlib.AsyncExitStack() as closing:
+            if self._relay is not None:
+                closing.push_async_callback(self._relay.close)
+            closing.callback(self._chain.close)
+            closing.callback(self._outbox.close)
+            if self._link is None or self._welcome is None:
+                return
+            delivered = False
+            with contextlib.suppress(asyncio.CancelledError):  # somebody is in a hurry, and is told all the same
+                delivered = await self._link.close(drain=True)
+            if not delivered and not self._outbox.empty:
                 raise LinkLost(
                     f"{self._outbox.backlog} steps and ends of episodes were not delivered to {self._remote.url}",
-                    f"they are kept in {self._folder.path / 'outbox'}",
+                    f"they are kept in {self._folder.path / 'outbox'}, for reading only",
                 )
-        finally:
-            self._outbox.close()
-            self._chain.close()
-            if self._relay is not None:
-                await self._relay.close()
 
     def summary(self) -> dict[str, Any]:
         """Counts of the link and who the learner is."""

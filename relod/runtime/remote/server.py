@@ -6,6 +6,7 @@ It knows nothing of replay, log or networks: what robots send goes to a `Hall`, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hmac
 import logging
@@ -43,6 +44,8 @@ from .wire import (
 
 __all__ = ["Admission", "Hall", "LearnerServer"]
 
+AWAY_S = 5.0  # how long a finished learner waits for robots whose link is down: they retry three times a second
+GOODBYE_LOOK_S = 0.1
 TALLIES_KEPT = 256  # robots whose counts are kept after they left
 COMPLAIN_EVERY_NS = NS_PER_S  # lines about strangers
 BROKEN = {1002, 1007, 1009}  # what a connection is closed with whose bytes are no websocket's, or too many
@@ -117,6 +120,10 @@ class LearnerServer:
         self._tasks = [self._start_task(self._sweep(), "sweep"), self._start_task(self._pack(), "pack")]
         return self._port
 
+    def prefer(self, image_hw: tuple[int, int]) -> None:
+        """Tell robots that come from now on to send images of this size."""
+        self._image_hw = image_hw
+
     async def listen(self) -> None:
         """Let robots in from now on."""
         assert self._server is not None
@@ -142,18 +149,32 @@ class LearnerServer:
         """
         if finished is not None:
             self.tell(Finished(reason=finished))
-            try:
-                async with asyncio.timeout(wait_s):
-                    while self._sessions:
-                        self._changed.clear()
-                        await self._changed.wait()
-            except TimeoutError:
-                self._say(f"{', '.join(self._sessions)} did not say goodbye within {wait_s:g} s")
+            await self._wait_for_goodbyes(wait_s)
         for task in self._tasks:
             task.cancel()
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
+
+    async def _wait_for_goodbyes(self, wait_s: float) -> None:
+        """Of those who are here, as long as they send what they have; and of those whose link is down just now."""
+        away_ns = monotonic_ns() + int(AWAY_S * NS_PER_S)
+        heard_ns, taken = monotonic_ns(), 0
+        while True:
+            now_ns, tallies = monotonic_ns(), self._tallies.values()
+            records = sum(tally.steps + tally.episodes for tally in tallies)
+            if records > taken:
+                heard_ns, taken = now_ns, records
+            away = any(not tally.said_goodbye for name, tally in self._tallies.items() if name not in self._sessions)
+            if not self._sessions and not (away and now_ns < away_ns):
+                return
+            if self._sessions and now_ns - heard_ns > wait_s * NS_PER_S:
+                self._say(f"{', '.join(self._sessions)} did not say goodbye within {wait_s:g} s")
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_LOOK_S):
+                    await self._changed.wait()
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """What is known of each robot by its name, those that left among them."""
@@ -174,6 +195,8 @@ class LearnerServer:
             "bytes_in": tally.bytes_in,
             "bytes_out": tally.bytes_out,
         }
+        if tally.rtt_ms > 0:
+            figures["rtt_ms"] = tally.rtt_ms
         if session is not None:
             figures |= {
                 "acts": session.admission.acts,
@@ -284,6 +307,8 @@ class LearnerServer:
         hint = "give the learner's token with --token-file or RELOD_TOKEN"
         if not join.proof:
             raise Refusal(StartError("this learner asks for a token", hint))
+        if self._attempts.wait_s(address, monotonic_ns()) > 0:  # others of this address failed meanwhile
+            raise Refusal(StartError("too many wrong tokens from this address", "wait a minute"), retry=True)
         if not hmac.compare_digest(join.proof, robot_proof(token, challenge, join.nonce, join.robot, join.run)):
             self._attempts.wrong(address, monotonic_ns())
             raise Refusal(StartError("the token is not this learner's", hint))

@@ -99,6 +99,8 @@ class Tally:
     answered: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
+    rtt_ms: float = 0.0  # median, as of its last ping
+    said_goodbye: bool = False
     backlog: int = 0  # records it had not seen acked, as of its last ping
     marks: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=RATE_MARKS))  # (ns, steps)
 
@@ -188,6 +190,7 @@ class RobotSession:
             head, payload = unpack_from_robot(data)
             self.tally.bytes_in += len(data)
             if isinstance(head, Bye):
+                self.tally.said_goodbye = True
                 return head.reason
             take = self._handlers.get(type(head))
             if take is None:
@@ -225,7 +228,7 @@ class RobotSession:
 
     def _take_ping(self, head: Ping, payload: memoryview) -> None:
         self.owed.pong(head.sent_ns, monotonic_ns())
-        self.tally.backlog = head.backlog
+        self.tally.backlog, self.tally.rtt_ms = head.backlog, head.rtt_ms
         self._wake.set()
 
     # -- to the robot --------------------------------------------------------------------------------------------------

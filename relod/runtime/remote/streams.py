@@ -71,11 +71,21 @@ class StreamBook:
         for stream, known in self.robots.items():
             if known == (robot, run):
                 return stream
-        stream = len(self.robots)
+        stream = max([-1, *self.robots, *self.positions]) + 1
         if stream >= MAX_STREAMS:
             raise StartError(f"the log has its {MAX_STREAMS} streams, one for each run of a robot", "begin a new run")
         self._add(_Stream(stream=stream, robot=robot, run=run))
+        with disk_errors(self._file.path):
+            self._file.sync()  # the log may outlive a power cut, and says only numbers
         return stream
+
+    def reserve(self, stream: int) -> None:
+        """Never give out the number of a stream that the log has, though its line here was lost."""
+        self.positions.setdefault(stream, (-1, -1))
+
+    def name(self, stream: int) -> str:
+        """Name of a stream's robot; empty where its line was lost."""
+        return self.robots.get(stream, ("", ""))[0]
 
     def note(self, positions: Mapping[int, Position], env_steps: int) -> None:
         """Note where all streams stand in a log of `env_steps` steps; `SafetyStop` when that cannot be written."""

@@ -56,7 +56,8 @@ Bytes: TypeAlias = bytes | memoryview
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 RunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
-Text = Annotated[str, Meta(max_length=1000)]
+# What people read in terminals and logs: no line ends, no escapes.
+Text = Annotated[str, Meta(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Stamp = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Nonce = Annotated[bytes, Meta(min_length=NONCE_BYTES, max_length=NONCE_BYTES)]
@@ -136,6 +137,7 @@ class Ping(_Head, frozen=True, tag="ping"):
 
     sent_ns: Stamp
     backlog: Count = 0  # records not acked yet
+    rtt_ms: float = 0.0  # median round trip so far
 
 
 class Bye(_Head, frozen=True, tag="bye"):
@@ -169,6 +171,7 @@ class Welcome(_Head, frozen=True, tag="welcome"):
     position: Position | None  # of the newest record of the robot's run that is in the log
     env_steps: Count  # of the learner's run so far
     policy_size: Count  # float32 values of a policy
+    has_policy: bool  # whether there is one, which comes next
     precision: Literal["float16", "float32"]  # of the policies sent
     proof: Proof
 

@@ -52,6 +52,9 @@ class FakeServer:
     async def listen(self) -> None:
         pass
 
+    def prefer(self, image_hw: tuple[int, int]) -> None:
+        pass
+
     async def start(self, host: str, port: int, *, listening: bool = True) -> int:
         self._playing = asyncio.create_task(self._play())
         return 8765

@@ -165,6 +165,7 @@ class Learner:
             "position": (0, len(self.log) - 1) if self.log else None,
             "env_steps": 0,
             "policy_size": 100_000,
+            "has_policy": False,
             "precision": "float16",
             "proof": proof,
         }

@@ -45,11 +45,12 @@ tasks = st.builds(
 )
 
 carried = st.builds(wire.CarriedFrame, id=counts, captured_ns=stamps, size=counts)
+lines = st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=1000)
 FROM_ROBOT: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Join: st.builds(
         wire.Join,
         protocol=counts,
-        relod=texts,
+        relod=lines,
         robot=names,
         run=runs,
         acts=st.sampled_from(["robot", "learner"]),
@@ -71,14 +72,14 @@ FROM_ROBOT: dict[type[Any], st.SearchStrategy[Any]] = {
         now_ns=stamps,
         frames=st.lists(carried, max_size=3).map(tuple),
     ),
-    wire.Ping: st.builds(wire.Ping, sent_ns=stamps, backlog=counts),
-    wire.Bye: st.builds(wire.Bye, reason=texts),
+    wire.Ping: st.builds(wire.Ping, sent_ns=stamps, backlog=counts, rtt_ms=floats),
+    wire.Bye: st.builds(wire.Bye, reason=lines),
 }
 FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Challenge: st.builds(
         wire.Challenge,
         protocol=counts,
-        relod=texts,
+        relod=lines,
         nonce=nonces,
         token=st.booleans(),
         image_hw=st.none() | st.tuples(pixels, pixels),
@@ -86,7 +87,7 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Welcome: st.builds(
         wire.Welcome,
         learner=runs,
-        run_dir=texts,
+        run_dir=lines,
         algorithm=short_texts,
         preset=short_texts,
         agent=trees,
@@ -94,11 +95,12 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
         position=st.none() | versions,
         env_steps=counts,
         policy_size=counts,
+        has_policy=st.booleans(),
         precision=precisions,
         proof=proofs,
     ),
     wire.Refused: st.builds(
-        wire.Refused, exit_code=st.integers(1, 255), message=texts, hint=texts, retry=st.booleans()
+        wire.Refused, exit_code=st.integers(1, 255), message=lines, hint=lines, retry=st.booleans()
     ),
     wire.Ack: st.builds(wire.Ack, seq=counts),
     wire.PolicyPart: st.builds(wire.PolicyPart, version=versions, precision=precisions, size=counts, offset=counts),
@@ -112,8 +114,8 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
         env_steps=counts,
         metrics=st.dictionaries(texts, floats, max_size=5),
     ),
-    wire.Hold: st.builds(wire.Hold, reason=texts),
-    wire.Finished: st.builds(wire.Finished, reason=texts),
+    wire.Hold: st.builds(wire.Hold, reason=lines),
+    wire.Finished: st.builds(wire.Finished, reason=lines),
 }
 ENDS = [(FROM_ROBOT, unpack_from_robot), (FROM_LEARNER, unpack_from_learner)]
 KINDS = [(kind, strategy, unpack) for kinds, unpack in ENDS for kind, strategy in kinds.items()]
@@ -147,8 +149,8 @@ def sample(kind: type[Any]) -> dict[str, Any]:
         **dict.fromkeys(("received_ns", "replied_ns", "updates", "replay_steps"), 1),
         **dict.fromkeys(("relod", "reason", "run_dir", "algorithm", "preset", "message", "hint", "robot"), "words"),
         **dict.fromkeys(("run", "learner"), "0" * 32),
-        **dict.fromkeys(("act_ms", "updates_per_s"), 0.5),
-        **dict.fromkeys(("token", "retry"), True),
+        **dict.fromkeys(("act_ms", "updates_per_s", "rtt_ms"), 0.5),
+        **dict.fromkeys(("token", "retry", "has_policy"), True),
         "nonce": bytes(16),
         "proof": b"",
         "acts": "robot",
@@ -189,7 +191,7 @@ def test_every_field_is_needed_unless_it_has_a_default(kind, heads, unpack):
     optional = {field.name for field in msgspec.structs.fields(kind) if field.default is not msgspec.NODEFAULT}
     assert optional == {
         wire.Observe: {"frames"},
-        wire.Ping: {"backlog"},
+        wire.Ping: {"backlog", "rtt_ms"},
         wire.Challenge: {"image_hw"},
         wire.Refused: {"hint", "retry"},
     }.get(kind, set())
@@ -222,16 +224,16 @@ def test_no_field_takes_a_value_of_another_type(kind, heads, unpack):
 def acceptable(name: str, value: Any, given_: Any) -> bool:
     """Whether a field may be what another field must not."""
     if isinstance(given_, bool):
-        return name in ("token", "retry")
+        return name in ("token", "retry", "has_policy")
     if given_ == {"map": "of other things"}:
         return name == "agent"
-    free_text = ("relod", "reason", "run_dir", "algorithm", "preset", "message", "hint")
+    free_text = ("algorithm", "preset")
     return {
         "\n": name in free_text,
-        1.5: name in ("act_ms", "updates_per_s"),
+        1.5: name in ("act_ms", "updates_per_s", "rtt_ms"),
         None: name in ("position", "image_hw"),
-        -(2**63): name.endswith("_ns") or name in ("act_ms", "updates_per_s"),
-        2**63: name in ("act_ms", "updates_per_s"),
+        -(2**63): name.endswith("_ns") or name in ("act_ms", "updates_per_s", "rtt_ms"),
+        2**63: name in ("act_ms", "updates_per_s", "rtt_ms"),
     }.get(given_ if not isinstance(given_, list) else "list", False)
 
 

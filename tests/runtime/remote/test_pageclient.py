@@ -42,6 +42,7 @@ class FakeHall:
             position=self.position,
             env_steps=len(self.records),
             policy_size=40_000,
+            has_policy=True,
             precision="float16",
             proof=b"",
         )

@@ -48,6 +48,7 @@ WELCOME = wire.Welcome(
     position=None,
     env_steps=0,
     policy_size=4,
+    has_policy=False,
     precision="float16",
     proof=b"",
 )
