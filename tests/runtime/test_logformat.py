@@ -186,7 +186,7 @@ def test_an_image_of_another_size_is_a_value_error(name):
     codec = make_codec(name, image_hw=(16, 24))
     with pytest.raises(ValueError, match="uint8"):
         codec.encode(np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match="192 bytes are no image|a JPEG is 8x8, not 16x24"):
+    with pytest.raises(ValueError, match=r"192 bytes are no image|a JPEG is 8x8, not 16x24"):
         codec.decode(other.encode(np.zeros((8, 8, 3), np.uint8)))
 
 
