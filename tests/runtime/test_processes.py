@@ -337,12 +337,26 @@ def test_a_child_that_may_not_restart_ends_the_run_and_the_failure_names_it_and_
 @pytest.mark.slow
 def test_a_child_whose_work_is_done_is_no_failure(tmp_path):
     async def body(house: House) -> None:
-        await house.ready("brief", restart=True)
+        await house.ready("brief")
         async with house.supervisor.watching():
             await until(lambda: house.done)
 
     told = house(tmp_path, body)
     assert (told.done, told.restarted, told.supervisor.failure) == (["brief"], [], None)
+
+
+@pytest.mark.slow
+def test_a_child_that_is_to_live_and_ends_in_good_order_is_started_again(tmp_path):
+    """Somebody else told it to end: a worker is no worker's work done."""
+
+    async def body(house: House) -> None:
+        await house.ready("brief", restart=True)
+        async with house.supervisor.watching():
+            await until(lambda: house.restarted)
+
+    told = house(tmp_path, body)
+    assert told.restarted[0] == "brief"
+    assert told.done == []
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ RESET_LIMIT_S = 3.0
 # An approach takes 15 cycles, not hundreds. After 4,000 steps, seed 0: 91 % of a scripted controller's return; with
 # 0.995, 1000 and 15, which suit Create-Reacher, 34 %. Two updates a step, of which two cores make
 # 1.5 in real time: the first approaches come after 900 to 1,400 steps, with one update after 1,200 to 1,600. In the
-# corners half a disc of 7 pixels is seen; shifted by 2 it may be gone: those are the episodes that stay lost longest.
+# corners of the picture half a disc of 7 pixels is seen, and a shift by 2 may hide it; those are the episodes that stay
+# lost longest. Trained policies earned 93 and 93 % with shifts of 1, 90 and 93 % with 2 (seeds 0 and 2).
 AGENT: RawSettings = {
     "gamma": 0.97,
     "init_steps": 500,
