@@ -31,10 +31,12 @@ from .profile import Profile
 from .progress import Progress
 from .recording import Recorder
 from .rundir import RunFolder
+from .screen import View
 from .sentinel import SentinelJob
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing
-from .view import View, open_view
+from .view import open_view
+from .viewstate import RunState
 from .world import NEW_EPISODE, WorldJob
 
 __all__ = ["ChildSpec", "Events", "Learning", "Opening", "Result", "RobotHost"]
@@ -369,7 +371,7 @@ class RobotHost:
         if self._supervisor.failure is not None:
             raise self._supervisor.failure
 
-    async def _keep_books(self, view: View) -> None:
+    async def _keep_books(self, view: View[RunState]) -> None:
         """Profile, learner and view once per view period, metrics every few seconds."""
         next_metrics_ns = monotonic_ns()
         period_ns = int(self._plan.settings.run.metrics_every_s * NS_PER_S)

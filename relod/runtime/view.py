@@ -6,140 +6,59 @@ everything goes to stderr: stdout belongs to `--json`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Protocol, TypeAlias
+from collections.abc import Iterator
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
+from rich.console import Console
 from rich.segment import Segment
-from rich.style import Style
 
-from .blocks import half_blocks, sparkline
-from .clock import NS_PER_S
+from .blocks import half_blocks
+from .screen import (
+    BAD,
+    DIM,
+    GOOD,
+    WARN,
+    Line,
+    Lines,
+    Screen,
+    View,
+    choose_view,
+    clock_text,
+    fact_line,
+    fill_bar,
+    framed,
+    learner_lines,
+    returns_chart,
+    styled,
+    warning_lines,
+)
 from .viewstate import RunState
 
-__all__ = ["LiveView", "PlainView", "Screen", "View", "open_view", "render", "summary_line"]
-
-REFRESH_NS = NS_PER_S // 4
-LINE_EVERY_NS = 10 * NS_PER_S
+__all__ = ["open_view", "render", "summary_line"]
 
 IMAGE_CELLS = (48, 18)  # columns and rows; with two pixels a cell, 48 x 36 of a 4:3 picture
 WIDE_COLUMNS = 104  # from here on there is room for picture and figures side by side
 TREND_EPISODES = 20
-CHART_ROWS = 6
 
 WARNINGS_SHOWN = 3
 UNITS = {"mah": "mAh", "percent": "%", "mv": "mV", "ma": "mA", "c": "°C", "ms": "ms", "s": "s"}  # ends of names
 
-DIM, GOOD, WARN, BAD, CHART, FRAME = "grey62", "green3", "yellow3", "bold red3", "deep_sky_blue1", "grey42"
 
-Line: TypeAlias = list[Segment]
-Lines: TypeAlias = list[Line]
-
-
-class View(Protocol):
-    """What shows a run to a person; a context manager."""
-
-    def show(self, state: RunState, now_ns: int) -> None:
-        """Show the state if it is time to; call it as often as you like, and set no rhythm by it."""
-        ...
-
-    def __enter__(self) -> View: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+def open_view(console: Console | None = None) -> View[RunState]:
+    """The view of a run that suits the console."""
+    return choose_view(console, draw=render, say=_texts, line=summary_line)
 
 
-def open_view(console: Console | None = None) -> View:
-    """The view that suits stderr: `LiveView` on a terminal that can be drawn on, else `PlainView`."""
-    console = console or Console(stderr=True)
-    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
-
-
-class LiveView:
-    """Redraws the screen in place; what others print to the terminal meanwhile appears above it."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
-        self._state: RunState | None = None
-        self._next_ns: int | None = None
-
-    def show(self, state: RunState, now_ns: int) -> None:
-        """Draw at most every 250 ms."""
-        self._state = state
-        if self._next_ns is None or now_ns >= self._next_ns:
-            self._next_ns = now_ns + REFRESH_NS
-            self._draw()
-
-    def _draw(self) -> None:
-        if self._state is not None:
-            width, height = self._console.size
-            # One row less than there is: filling the last row makes some terminals scroll.
-            self._live.update(render(self._state, width, height - 1), refresh=True)
-
-    def __enter__(self) -> LiveView:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._draw()  # what stays on the screen is how the run ended
-        self._live.stop()
-
-
-class PlainView:
-    """One line every ten seconds, and each warning once: for logs and pipes."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._next_ns: int | None = None
-        self._warned: set[str] = set()
-
-    def show(self, state: RunState, now_ns: int) -> None:
-        """Print warnings that are new, and a line when ten seconds have passed."""
-        for text in (state.alarm, *state.warnings):
-            if text and text not in self._warned:
-                self._warned.add(text)
-                self._print(f"warning: {text}")
-        if self._next_ns is None or now_ns >= self._next_ns:
-            self._next_ns = now_ns + LINE_EVERY_NS
-            self._print(summary_line(state))
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> PlainView:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+def _texts(state: RunState) -> Iterator[str]:
+    return (f"warning: {text}" for text in (state.alarm, *state.warnings) if text)
 
 
 # -- the screen ------------------------------------------------------------------------------------------------------
 
 
-class Screen:
-    """Ready lines. Laid out here and not by rich's panels and tables, which take three times as long for it."""
-
-    def __init__(self, lines: Lines) -> None:
-        self.lines = lines
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in self.lines:
-            yield from line
-            yield Segment.line()
-
-
 def render(state: RunState, width: int, height: int) -> Screen:
     """The state on at most `width` x `height` characters; what there is no room for is cut from picture and figures."""
     head = [_banner(state, width), *_episode_box(state, width), _status_line(state)]
-    tail = _warnings(state)
+    tail = warning_lines(state.warnings, WARNINGS_SHOWN)
     if width >= WIDE_COLUMNS:
         left_width = IMAGE_CELLS[0] + 4
         body = _beside(_camera_box(state), _figures(state, width - left_width))
@@ -147,22 +66,6 @@ def render(state: RunState, width: int, height: int) -> Screen:
         body = _figures(state, width)
     lines = [*head, *body[: max(0, height - len(head) - len(tail))], *tail]
     return Screen([Segment.adjust_line_length(line, width) for line in lines[:height]])
-
-
-def styled(text: str, style: str = "") -> Segment:
-    return Segment(text, Style.parse(style))  # rich remembers parsed styles
-
-
-def framed(title: str, lines: Lines, width: int, note: str = "") -> Lines:
-    """The lines in a frame of `width` characters, with a title above and a note below."""
-    side, inner = styled("│", FRAME), width - 4
-    top = f" {title} "
-    bottom = f" {note} " if note else ""
-    return [
-        [styled("╭─", FRAME), styled(top, "bold"), styled("─" * (width - len(top) - 3) + "╮", FRAME)],
-        *([side, styled(" "), *Segment.adjust_line_length(line, inner), styled(" "), side] for line in lines),
-        [styled("╰" + "─" * (width - len(bottom) - 3), FRAME), styled(bottom, DIM), styled("─╯", FRAME)],
-    ]
 
 
 def _beside(left: Lines, right: Lines) -> Lines:
@@ -202,17 +105,8 @@ def _figures(state: RunState, width: int) -> Lines:
 
 
 def _returns(state: RunState, width: int) -> Lines:
-    if not state.returns:
-        return [[styled("no episode has ended yet", DIM)]]
-    ends = [f"{max(state.returns):.0f}", f"{min(state.returns):.0f}"]
-    label_width = max(map(len, ends))
-    labels = [ends[0], *[""] * (CHART_ROWS - 2), ends[1]]
-    chart = sparkline(state.returns, max(8, width - label_width - 1), CHART_ROWS)
-    lines = [
-        [styled(f"{label:>{label_width}} ", DIM), styled(blocks, CHART)]
-        for label, blocks in zip(labels, chart, strict=True)
-    ]
-    return [*lines, _trend(state)]
+    chart = returns_chart(state.returns, width)
+    return [*chart, _trend(state)] if state.returns else chart
 
 
 def _trend(state: RunState) -> Line:
@@ -274,22 +168,17 @@ def _link(state: RunState) -> Lines:
 
 def _learner(state: RunState) -> Lines:
     epoch, count = state.policy_version
-    lines = [
-        fact_line(
-            [
-                ("updates", f"{state.updates:,}"),
-                ("per s", f"{state.updates_per_s:.1f}"),
-                ("policy", f"{epoch}.{count}"),
-                ("age", f"{state.policy_age_s:.1f} s"),
-            ]
-        )
-    ]
-    if state.replay_capacity:
-        fill = fill_bar(state.replay_steps / state.replay_capacity, 20)
-        lines.append([styled("replay ", DIM), *fill, styled(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
-    if state.losses:
-        lines.append(fact_line([(name, f"{value:.3g}") for name, value in state.losses.items()]))
-    return lines
+    return learner_lines(
+        [
+            ("updates", f"{state.updates:,}"),
+            ("per s", f"{state.updates_per_s:.1f}"),
+            ("policy", f"{epoch}.{count}"),
+            ("age", f"{state.policy_age_s:.1f} s"),
+        ],
+        replay_steps=state.replay_steps,
+        replay_capacity=state.replay_capacity,
+        losses=state.losses,
+    )
 
 
 def _episode_box(state: RunState, width: int) -> Lines:
@@ -319,28 +208,6 @@ def _fact(name: str, value: float | str) -> tuple[str, str]:
     text = value if isinstance(value, str) else f"{value:g}"
     words, _, unit = name.rpartition("_")
     return (words.replace("_", " "), f"{text} {UNITS[unit]}") if unit in UNITS else (name.replace("_", " "), text)
-
-
-def _warnings(state: RunState) -> Lines:
-    return [[styled(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
-
-
-def fact_line(facts: Sequence[tuple[str, str]]) -> Line:
-    return [
-        part
-        for number, (name, value) in enumerate(facts)
-        for part in (styled(("   " if number else "") + f"{name} ", DIM), styled(value))
-    ]
-
-
-def fill_bar(fraction: float, cells: int) -> Line:
-    filled = round(min(1.0, max(0.0, fraction)) * cells)
-    return [styled("━" * filled, CHART), styled("━" * (cells - filled), "grey30")]
-
-
-def clock_text(seconds: float) -> str:
-    minutes, whole = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"
 
 
 # -- one line --------------------------------------------------------------------------------------------------------

@@ -34,9 +34,11 @@ from .messages import encode
 from .plan import Plan, Start
 from .progress import Progress
 from .rundir import RunFolder
+from .screen import View
 from .session import check_steps_left, finish, open_folder
 from .tape import TapedActor, read_tape
-from .view import View, open_view
+from .view import open_view
+from .viewstate import RunState
 from .virtual import VirtualRun, World
 
 __all__ = ["run_virtual"]
@@ -200,7 +202,7 @@ class _VirtualSession:
             self._crc = zlib.crc32(encode(message), self._crc)
         return messages
 
-    def _show(self, view: View) -> None:
+    def _show(self, view: View[RunState]) -> None:
         state = self.progress.state
         state.phase = self._cycle.phase.value
         state.elapsed_s = self.progress.wall_s

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from relod.runtime.blocks import half_blocks, sparkline
+from relod.runtime.screen import LiveView, PlainView
 from relod.runtime.spans import Histogram
-from relod.runtime.view import LiveView, PlainView, open_view, render, summary_line
+from relod.runtime.view import open_view, render, summary_line
 from relod.runtime.viewstate import RunState, load_state, save_state
 
 NS_PER_S = 10**9
@@ -204,7 +205,7 @@ def test_a_terminal_gets_the_live_view_and_a_pipe_lines(monkeypatch):
 
 def test_the_live_view_draws_four_times_a_second_and_once_at_the_end():
     console, state = terminal(), make_state()
-    with LiveView(console) as view:
+    with LiveView(console, render) as view:
         for tick in range(100):  # 1 s in steps of 10 ms
             state.steps = tick
             view.show(state, tick * NS_PER_S // 100)
@@ -217,7 +218,7 @@ def test_the_live_view_draws_four_times_a_second_and_once_at_the_end():
 def test_the_plain_view_prints_a_line_every_ten_seconds_and_each_warning_once():
     console = Console(file=io.StringIO(), width=80)
     state = make_state()
-    with PlainView(console) as view:
+    with open_view(console) as view:
         for second in range(31):
             view.show(state, second * NS_PER_S)
     lines = console.file.getvalue().splitlines()

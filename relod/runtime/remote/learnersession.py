@@ -32,11 +32,12 @@ from ..log.format import EncodedFrame
 from ..plan import LearnerPlan, steps_limit
 from ..processes import Supervisor
 from ..rundir import RunFolder
+from ..screen import View
 from ..shared import Signal
 from .hall import LearnerRun
 from .learnerbooks import LearnerBooks
 from .learnerrequest import Access, LearnerRequest, Teaching, choose_access, choose_teaching
-from .learnerview import LearnerView, summary_line
+from .learnerview import LearnerState, open_learner_view, summary_line
 from .server import LearnerServer
 from .serversession import Admission
 from .wire import FromLearner, Join, Observe, Refused
@@ -122,7 +123,7 @@ class LearnerSession:
             return self._finish()
 
     async def _run(self) -> None:
-        with self._signals(), LearnerView() as view:
+        with self._signals(), open_learner_view() as view:
             try:
                 await self._serve(view)
             except RelodError as error:
@@ -131,7 +132,7 @@ class LearnerSession:
                 await self._stop()
                 view.show(self.books.state, monotonic_ns())
 
-    async def _serve(self, view: LearnerView) -> None:
+    async def _serve(self, view: View[LearnerState]) -> None:
         access, teaching = self._access, self._teaching
         server = self._server = self._make_server(
             hall=self,
@@ -256,7 +257,7 @@ class LearnerSession:
             await readable(news)
             news.clear()
 
-    async def _keep_books(self, server: Server, view: LearnerView) -> None:
+    async def _keep_books(self, server: Server, view: View[LearnerState]) -> None:
         """View and figures once per period, news once a second, metrics every few seconds."""
         metrics_ns = int(self._teaching.settings.run.metrics_every_s * NS_PER_S)
         next_metrics_ns = next_news_ns = monotonic_ns()

@@ -6,37 +6,34 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
 from rich.segment import Segment
 
-from ..blocks import sparkline
-from ..view import (
+from ..screen import (
     BAD,
-    CHART,
-    CHART_ROWS,
     DIM,
     GOOD,
-    LINE_EVERY_NS,
-    REFRESH_NS,
-    TREND_EPISODES,
     WARN,
     Line,
     Lines,
     Screen,
+    View,
+    choose_view,
     clock_text,
     fact_line,
-    fill_bar,
     framed,
+    learner_lines,
+    returns_chart,
     styled,
+    warning_lines,
 )
+from ..view import TREND_EPISODES
 from ..viewstate import WARNINGS_KEPT
 
-__all__ = ["LearnerState", "LearnerView", "RobotRow", "render", "summary_line"]
+__all__ = ["LearnerState", "RobotRow", "open_learner_view", "render", "summary_line"]
 
 WARNINGS_SHOWN = 4
 NAME_COLUMNS = 16
@@ -89,54 +86,13 @@ class LearnerState:
     warnings: deque[str] = field(default_factory=lambda: deque(maxlen=WARNINGS_KEPT))  # oldest first
 
 
-class LearnerView:
-    """Shows a `LearnerState` on stderr: redrawn in place on a terminal, as lines elsewhere. A context manager."""
+def open_learner_view(console: Console | None = None) -> View[LearnerState]:
+    """The view of a learner that suits the console."""
+    return choose_view(console, draw=render, say=_texts, line=lambda state: f"relod: {summary_line(state)}")
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._live: Live | None = None
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
-        self._state: LearnerState | None = None
-        self._next_ns: int | None = None
-        self._warned: set[str] = set()
 
-    def show(self, state: LearnerState, now_ns: int) -> None:
-        """Show the state if it is time to; call it as often as you like."""
-        self._state = state
-        if self._live is None:
-            for text in state.warnings:
-                if text not in self._warned:
-                    self._warned.add(text)
-                    self._print(text)
-        if self._next_ns is None or now_ns >= self._next_ns:
-            self._next_ns = now_ns + (LINE_EVERY_NS if self._live is None else REFRESH_NS)
-            self._draw()
-
-    def _draw(self) -> None:
-        if self._state is None:
-            return
-        if self._live is None:
-            self._print(summary_line(self._state))
-            return
-        width, height = self._console.size
-        # One row less than there is: filling the last row makes some terminals scroll.
-        self._live.update(render(self._state, width, height - 1), refresh=True)
-
-    def _print(self, line: str) -> None:
-        self._console.print(f"relod: {line}", markup=False, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> LearnerView:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._draw()  # what stays on the screen is how the run ended
-            self._live.stop()
+def _texts(state: LearnerState) -> Iterator[str]:
+    return (f"relod: {text}" for text in state.warnings)
 
 
 # -- the screen ------------------------------------------------------------------------------------------------------
@@ -145,8 +101,8 @@ class LearnerView:
 def render(state: LearnerState, width: int, height: int) -> Screen:
     """The state on at most `width` x `height` characters; robots beyond that are cut, then chart and figures."""
     head = [_banner(state, width), *framed("learner", _learner(state), width, _progress(state)[: width - 6])]
-    chart = framed("return per episode", _returns(state.returns, width - 4), width, f"{state.episodes} episodes")
-    tail = [[styled(f" ! {text}", WARN)] for text in list(state.warnings)[-WARNINGS_SHOWN:]]
+    chart = framed("return per episode", returns_chart(state.returns, width - 4), width, f"{state.episodes} episodes")
+    tail = warning_lines(state.warnings, WARNINGS_SHOWN)
     if height < CHART_FROM_ROWS:
         chart = []
     room = max(1, height - len(head) - len(chart) - len(tail) - 2)
@@ -169,36 +125,19 @@ def _progress(state: LearnerState) -> str:
 
 def _learner(state: LearnerState) -> Lines:
     epoch, count = state.policy_version
-    lines = [
-        fact_line(
-            [
-                ("updates", f"{state.updates:,}"),
-                ("per s", f"{state.updates_per_s:.1f}"),
-                ("policy", f"{epoch}.{count}"),
-                ("steps per s", f"{state.ingest_steps_per_s:.1f}"),
-            ]
-        )
-    ]
-    if state.algorithm:
-        lines.append(fact_line([(state.algorithm, state.preset), ("folder", state.folder)]))
-    if state.replay_capacity:
-        fill = fill_bar(state.replay_steps / state.replay_capacity, 20)
-        lines.append([styled("replay ", DIM), *fill, styled(f" {state.replay_steps:,} of {state.replay_capacity:,}")])
-    if state.losses:
-        lines.append(fact_line([(name, f"{value:.3g}") for name, value in state.losses.items()]))
-    return lines
-
-
-def _returns(returns: Sequence[float], width: int) -> Lines:
-    if not returns:
-        return [[styled("no episode has ended yet", DIM)]]
-    labels = [f"{max(returns):.0f}", *[""] * (CHART_ROWS - 2), f"{min(returns):.0f}"]
-    label_width = max(map(len, labels))
-    chart = sparkline(returns, max(8, width - label_width - 1), CHART_ROWS)
-    return [
-        [styled(f"{label:>{label_width}} ", DIM), styled(blocks, CHART)]
-        for label, blocks in zip(labels, chart, strict=True)
-    ]
+    about = [fact_line([(state.algorithm, state.preset), ("folder", state.folder)])] if state.algorithm else []
+    return learner_lines(
+        [
+            ("updates", f"{state.updates:,}"),
+            ("per s", f"{state.updates_per_s:.1f}"),
+            ("policy", f"{epoch}.{count}"),
+            ("steps per s", f"{state.ingest_steps_per_s:.1f}"),
+        ],
+        about=about,
+        replay_steps=state.replay_steps,
+        replay_capacity=state.replay_capacity,
+        losses=state.losses,
+    )
 
 
 _COLUMNS = (

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from relod.runtime.clock import NS_PER_S
-from relod.runtime.remote.learnerview import LearnerState, LearnerView, RobotRow, render, summary_line
+from relod.runtime.remote.learnerview import LearnerState, RobotRow, open_learner_view, render, summary_line
 
 
 def row(name: str = "create-1", **fields: object) -> RobotRow:
@@ -112,7 +112,7 @@ def test_a_line_says_how_it_goes():
 def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_each_warning_once():
     out = io.StringIO()
     state = full_state()
-    with LearnerView(Console(file=out, width=200)) as view:
+    with open_learner_view(Console(file=out, width=200)) as view:
         for tenth in range(250):
             if tenth == 30:
                 state.warnings.append("create-1 left: silent")
@@ -126,7 +126,7 @@ def test_on_a_terminal_the_last_state_stays():
     out = io.StringIO()
     console = Console(file=out, width=120, height=40, force_terminal=True, _environ={"TERM": "xterm"})
     state = full_state()
-    with LearnerView(console) as view:
+    with open_learner_view(console) as view:
         view.show(state, 0)
         state.phase = "ended"
         view.show(state, 1)
