@@ -29,6 +29,8 @@ emulate = typer.Typer(help="A simulated robot behind its real wire protocol, for
 app.add_typer(emulate, name="emulate")
 log = typer.Typer(help="The experience log of a run: sum it up, check it, export it.", no_args_is_help=True)
 app.add_typer(log, name="log")
+bench = typer.Typer(help="Measure this machine, as a user would use it.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 TaskOption = Annotated[str, typer.Option(help="What to learn: a name, or module:attribute.")]
 ConfigOption = Annotated[Path | None, typer.Option(help="Settings in TOML.", metavar="FILE")]
@@ -50,6 +52,17 @@ MjpegOption = Annotated[
 ]
 WorldOption = Annotated[str, typer.Option(help="ideal, nominal or harsh.")]
 SeedOption = Annotated[int, typer.Option(min=0)]
+AlgorithmOption = Annotated[
+    str | None,
+    typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
+]
+PresetOption = Annotated[
+    str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
+]
+ProfileOption = Annotated[
+    str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
+]
+RunSeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")]
 LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]
 TokenOption = Annotated[
     Path | None,
@@ -103,6 +116,20 @@ def _end(code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _end_run(result: Any, as_json: bool) -> NoReturn:
+    """Say how a run ended; `result` is a `host.Result`."""
+    if as_json:
+        _print_json(result.summary)
+    if result.error is not None:
+        print(f"relod: {result.error}", file=sys.stderr)
+    _end(result.exit_code)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Those settings for which an option was given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=2, default=str))
 
@@ -135,16 +162,9 @@ def robot(
     mode: Annotated[
         str | None, typer.Option(help="Where the computation runs; see `relod modes`. Default: local-only.")
     ] = None,
-    algorithm: Annotated[
-        str | None,
-        typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
-    ] = None,
+    algorithm: AlgorithmOption = None,
+    preset: PresetOption = None,
+    profile: ProfileOption = None,
     robot: RobotOption = None,
     camera: CameraOption = None,
     allow_mixed: MixedOption = False,
@@ -182,7 +202,7 @@ def robot(
         int | None, typer.Option(min=1, help="End after this many environment steps, counted from the run's beginning.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="End after this many minutes of experience.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")] = None,
+    seed: RunSeedOption = None,
     device: Annotated[str | None, typer.Option(help="Torch device of the learner, for example cpu or cuda:0.")] = None,
     record: Annotated[
         bool, typer.Option("--record", help="Keep every input of the cycle, for `relod replay`.")
@@ -199,6 +219,7 @@ def robot(
         "run.steps": steps,
         "run.minutes": minutes,
         "run.seed": seed,
+        "run.record": True if record else None,
         "learner.device": device,
         "log.codec": image_codec,
         "link.policy_sync": policy_sync,
@@ -223,16 +244,11 @@ def robot(
         config=config,
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
-        overrides={name: value for name, value in overrides.items() if value is not None}
-        | ({"run.record": True} if record else {}),
+        overrides=_given(overrides),
         arguments=tuple(sys.argv[1:]),
     )
     result = run_robot(request)
-    if as_json:
-        _print_json(result.summary)
-    if result.error is not None:
-        print(f"relod: {result.error}", file=sys.stderr)
-    _end(result.exit_code)
+    _end_run(result, as_json)
 
 
 @app.command()
@@ -240,16 +256,9 @@ def learner(
     listen: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 means every one of this host.", metavar="HOST:PORT")
     ] = "0.0.0.0:8765",
-    algorithm: Annotated[
-        str | None,
-        typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
-    ] = None,
+    algorithm: AlgorithmOption = None,
+    preset: PresetOption = None,
+    profile: ProfileOption = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this learner's run, in its folder.", metavar="RUN")
     ] = None,
@@ -262,7 +271,7 @@ def learner(
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="End after this many minutes of experience of all robots together.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")] = None,
+    seed: RunSeedOption = None,
     device: Annotated[str | None, typer.Option(help="Torch device, for example cpu or cuda:0.")] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
@@ -285,15 +294,11 @@ def learner(
             config=config,
             environment=dict(os.environ),
             assignments=tuple(assignments or ()),
-            overrides={name: value for name, value in overrides.items() if value is not None},
+            overrides=_given(overrides),
             arguments=tuple(sys.argv[1:]),
         )
     )
-    if as_json:
-        _print_json(result.summary)
-    if result.error is not None:
-        print(f"relod: {result.error}", file=sys.stderr)
-    _end(result.exit_code)
+    _end_run(result, as_json)
 
 
 @app.command()
@@ -537,10 +542,6 @@ def settings(
         return
     for name, default, text in rows:
         print(f"{name} = {default!r}\n    {text}")
-
-
-bench = typer.Typer(help="Measure this machine, as a user would use it.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
 
 
 @bench.command("latency")

@@ -17,7 +17,7 @@ from .plan import Start
 from .policy import PolicyBox, PolicyReader
 from .recording import save_policy
 
-__all__ = ["BoxActor", "BoxHost"]
+__all__ = ["BoxActor", "BoxHost", "warm_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class BoxHost:
         self._reader = PolicyReader(job.box, bound)
         self._record_to, self._box = job.record_to, job.box
         needs = algorithm.needs(job.spec, job.settings)
-        _warm_up(TorchActor(self._reader, job.spec, needs, np.random.default_rng(), deterministic=True), job.spec)
+        warm_up(TorchActor(self._reader, job.spec, needs, np.random.default_rng(), deterministic=True), job.spec)
         rng = random_stream(job.seed, job.start.stream("actor"))
         self.actor = TorchActor(self._reader, job.spec, needs, rng, steps_done=job.start.step)
 
@@ -71,8 +71,8 @@ class BoxHost:
         return True
 
 
-def _warm_up(actor: TorchActor, spec: TaskSpec) -> None:
-    """The first inference allocates and chooses kernels, 20 to 50 ms: not on the first deadline."""
+def warm_up(actor: TorchActor, spec: TaskSpec) -> None:
+    """The first inference allocates and chooses kernels, 20 to 50 ms: not on the first deadline, or question."""
     image = np.zeros((*spec.image_hw, 3), np.uint8)
     observation = Observation(
         frame_ids=tuple(range(spec.frames)),

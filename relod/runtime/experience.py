@@ -10,7 +10,6 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
 
 from ..errors import SettingsError
 from ..robots.vision import make_shrink
@@ -21,18 +20,15 @@ from .log.format import EncodedFrame, LogPosition, LogSpec
 from .log.reader import LogReader, LogRecord
 from .log.writer import LogWriter
 from .memory import check_log, check_replay
+from .messages import Position, position
 from .plan import LearnerPlan
 from .replay import ReplayLayout, ReplayTable, ReplayWriter
 
-__all__ = ["BEGINNING", "Experience", "Position", "check_room"]
+__all__ = ["BEGINNING", "Experience", "check_room"]
 
 FRAMES_KEPT = 256  # 8.5 s of camera: far more than the episode stream can be behind
 MIB = 1 << 20
 BEGINNING = LogPosition(segment=0, offset=0, env_steps=0)  # where a log is cut that begins anew
-
-Position: TypeAlias = tuple[
-    int, int
-]  # of a record: episode, and index of the step or, for an episode's end, its length
 
 
 class Experience:
@@ -173,13 +169,12 @@ class Experience:
 
     def _note(self, stream: int, message: Step | EpisodeEnd | None) -> None:
         """Keep track of what is in the log."""
-        if isinstance(message, Step):
-            self.positions[stream] = (message.episode, message.index)
-            self.open.add(stream)
-            return
         if message is not None:
-            self.positions[stream] = (message.episode, message.length)
-        self.open.discard(stream)
+            self.positions[stream] = position(message)
+        if isinstance(message, Step):
+            self.open.add(stream)
+        else:
+            self.open.discard(stream)
 
     def _remember(self, stream: int, message: Step | EpisodeEnd, images: Mapping[int, Image]) -> None:
         """Into the replay, which has room for a limited number of open chunks."""
@@ -202,11 +197,9 @@ class Experience:
         return max(self.writer.first_step, self.writer.env_steps - layout.chunks * layout.rows)
 
 
-def _follows(message: Step | EpisodeEnd, position: Position) -> bool:
-    """Whether a record is the next one of the episode whose newest step is at `position`."""
-    episode, index = position
-    place = message.index if isinstance(message, Step) else message.length
-    return message.episode == episode and place == index + 1
+def _follows(message: Step | EpisodeEnd, newest: Position) -> bool:
+    """Whether a record is the next one of the episode whose newest step is at `newest`."""
+    return position(message) == (newest[0], newest[1] + 1)
 
 
 def check_room(plan: LearnerPlan) -> None:

@@ -26,7 +26,7 @@ from .control import BEGIN, HOLD, ActorHost, ControlJob
 from .device import CommandRing, DeviceJob
 from .messages import MAX_MESSAGE_BYTES, Answered, Asked, CycleRecord, decode, encode
 from .plan import Plan, Start
-from .processes import Child, Supervisor
+from .processes import Child, Supervisor, signals_to
 from .profile import Profile
 from .progress import Progress
 from .recording import Recorder
@@ -212,7 +212,7 @@ class RobotHost:
         return Result(summary=summary, exit_code=code, error=self._error)
 
     async def _run(self) -> None:
-        with self._signals(), tempfile.TemporaryDirectory(prefix="relod-") as sockets, open_view() as view:
+        with signals_to(self._on_signal), tempfile.TemporaryDirectory(prefix="relod-") as sockets, open_view() as view:
             books = asyncio.create_task(self._keep_books(view), name="books")
             try:
                 await self._start(Path(sockets))
@@ -509,18 +509,6 @@ class RobotHost:
             pass
         except RelodError as error:
             self._error = self._error or error
-
-    @contextlib.contextmanager
-    def _signals(self) -> Any:
-        loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in handled:
-            loop.add_signal_handler(number, self._on_signal, number)
-        try:
-            yield
-        finally:
-            for number in handled:
-                loop.remove_signal_handler(number)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._signalled is not None:  # asked twice: do not wait for anybody; the guard sees the robot stopped

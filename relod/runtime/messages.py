@@ -7,16 +7,28 @@ every cycle. Answers come back the same way. Arrays travel as raw little-endian 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from ..types import Action, EpisodeEnd, FloatArray, Step
 
-__all__ = ["Answered", "Asked", "CycleRecord", "decode", "decode_answer", "decode_record", "encode"]
+__all__ = [
+    "Answered",
+    "Asked",
+    "CycleRecord",
+    "Position",
+    "decode",
+    "decode_answer",
+    "decode_record",
+    "encode",
+    "position",
+]
 
 MAX_MESSAGE_BYTES = 1 << 16
+
+Position: TypeAlias = tuple[int, int]  # of a step: episode and index; of an episode's end: episode and length
 
 
 # The fields of the types of the same name, arrays as bytes.
@@ -117,6 +129,11 @@ def decode_record(data: bytes | memoryview) -> Step | EpisodeEnd:
     if not isinstance(message, Step | EpisodeEnd):
         raise msgspec.ValidationError(f"{type(message).__name__} is neither a step nor an end of an episode")
     return message
+
+
+def position(message: Step | EpisodeEnd) -> Position:
+    """Where a record is in its robot's run; grows from record to record."""
+    return message.episode, message.index if isinstance(message, Step) else message.length
 
 
 def decode_answer(data: bytes) -> tuple[int, Action]:

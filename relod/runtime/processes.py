@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..loading import load_attribute
 from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Report, Tell, readable
 from .clock import NS_PER_S, cpu_seconds_of, monotonic_ns
 
-__all__ = ["Child", "Supervisor", "child_main"]
+__all__ = ["Child", "Supervisor", "child_main", "signals_to"]
 
 START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
 STOP_LIMIT_S = 5.0
@@ -78,6 +78,20 @@ class Child:
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.is_alive()
+
+
+@contextlib.contextmanager
+def signals_to(handle: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Hand SIGINT, SIGTERM and SIGHUP to `handle` on the running loop."""
+    loop = asyncio.get_running_loop()
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in handled:
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)
 
 
 class Supervisor:

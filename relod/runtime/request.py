@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from .. import __version__
 from ..config import Section, Settings, flatten, load, to_dict
 from ..errors import SettingsError, StartError
@@ -19,6 +21,7 @@ from ..robots.registry import TaskEntry
 from .plan import Plan, Remote, Resume
 from .remote.access import find_token
 from .remote.linkprofile import profile_named
+from .remote.wire import Name
 from .rundir import read_run
 
 __all__ = [
@@ -33,7 +36,6 @@ __all__ = [
 ]
 
 CLOCKS = ("wall", "virtual")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class SettingSources(Protocol):
@@ -175,8 +177,11 @@ def _remote(request: Request, names: Mapping[str, Any], place: Place) -> Remote 
     if request.link is not None:
         profile_named(request.link)
     name = request.name or re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname()).strip("-.")[:64] or "robot"
-    if not NAME.fullmatch(name):
-        raise SettingsError(f"--name {name!r}", "letters, digits and . _ -, 64 at most, a letter or digit first")
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError as error:
+        hint = "letters, digits and . _ -, 64 at most, a letter or digit first"
+        raise SettingsError(f"--name {name!r}", hint) from error
     if not re.match(r"^wss?://[^/]", request.learner):
         raise SettingsError(
             f"--learner {request.learner!r} is no address", "write it as ws://HOST:8765 or wss://HOST:8765"

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
 from ...errors import EXIT_OK, EXIT_SAFETY, StartError
 from ..log.format import find_segments
 from ..log.reader import LogReader, find_log
+from ..messages import Position
 from ..rundir import read_run
 from .chain import CHAIN_NAME, ChainEntry, RecordDigest, read_chain
 from .streams import BOOK
@@ -24,8 +25,6 @@ from .streams import BOOK
 __all__ = ["AuditReport", "Findings", "Stretch", "audit", "compare"]
 
 SHOWN = 10  # stretches of each kind, for people
-
-Position: TypeAlias = tuple[int, int]  # (episode, index of a step); an episode's end: (episode, length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from ...errors import SafetyStop, StartError
 from ...types import EpisodeEnd, Step
 from ..log.format import EncodedFrame
-from ..messages import encode
+from ..messages import Position, encode, position
 from ..rundir import Appender, disk_errors
 
 __all__ = ["CHAIN_NAME", "ChainEntry", "ChainWriter", "RecordDigest", "read_chain"]
@@ -38,13 +38,13 @@ _FIRST = bytes(DIGEST_BYTES)
 class ChainEntry:
     """A record that the robot took for sending."""
 
-    position: tuple[int, int]  # episode, and index of the step or, for the episode's end, its length
+    position: Position
     digest: bytes
 
     @classmethod
     def of(cls, message: Step | EpisodeEnd, digest: bytes) -> ChainEntry:
         """The entry of a record with this digest."""
-        return cls((message.episode, message.index if isinstance(message, Step) else message.length), digest)
+        return cls(position(message), digest)
 
 
 class RecordDigest:

@@ -24,7 +24,6 @@ from .policyparts import PolicyParts
 
 __all__ = ["LinkConnection", "LinkEvents"]
 
-ACTION_SLACK = 1e-5  # of rounding
 EAGER_FRAMES = 8  # frames waiting to be sent ahead of their observation; older ones are of no use
 
 
@@ -249,7 +248,7 @@ class LinkConnection:
                 values = np.frombuffer(payload, "<f4")
                 if not np.isfinite(values).all():
                     raise ValueError("an answer with values that are not finite")
-                if np.abs(values[: head.actions]).max() > 1 + ACTION_SLACK:
+                if np.abs(values[: head.actions]).max() > 1 + wire.ACTION_SLACK:
                     raise ValueError("an action outside [-1, 1]")
             case wire.PolicyPart():
                 return self._parts.add(head, payload)

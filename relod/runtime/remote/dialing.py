@@ -6,10 +6,12 @@ It says which failures may pass (`NotNow`) and which will not (a `RelodError`); 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import os
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,30 +94,28 @@ class Dialer:
             NotNow: nobody answers, or not yet.
             RelodError: the learner will not have this robot, or whoever answers is no learner to trust.
         """
-        sock = await self._tcp(connect_s)
-        try:
-            async with asyncio.timeout(hello_s):
-                websocket = await self._websocket(sock)
-                try:
-                    return websocket, await self._shake_hands(websocket)
-                except BaseException:
-                    websocket.transport.abort()
-                    raise
-        except TimeoutError as error:
-            raise NotNow("no answer") from error
-        except ConnectionClosed as error:
-            raise NotNow("closed in the handshake") from error
+        async with self._reached(connect_s, hello_s) as websocket:
+            return websocket, await self._shake_hands(websocket)
 
     async def greet(self, *, connect_s: float, hello_s: float) -> wire.Challenge:
         """The learner's first word, and nothing more; raises as `dial` does."""
+        async with self._reached(connect_s, hello_s) as websocket:
+            challenge = await self._challenge(websocket)
+            websocket.transport.abort()
+            return challenge
+
+    @contextlib.asynccontextmanager
+    async def _reached(self, connect_s: float, hello_s: float) -> AsyncIterator[ClientConnection]:
+        """A websocket for the time of the handshake; aborted when that fails."""
         sock = await self._tcp(connect_s)
         try:
             async with asyncio.timeout(hello_s):
                 websocket = await self._websocket(sock)
                 try:
-                    return await self._challenge(websocket)
-                finally:
+                    yield websocket
+                except BaseException:
                     websocket.transport.abort()
+                    raise
         except TimeoutError as error:
             raise NotNow("no answer") from error
         except ConnectionClosed as error:

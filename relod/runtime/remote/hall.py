@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,6 +20,7 @@ from ...algos.agent import TorchActor, bind_policy
 from ...errors import RelodError, SettingsError
 from ...seeds import random_stream
 from ...types import EpisodeEnd, FloatArray, Image, Observation, Step, TaskSpec
+from ..acting import warm_up
 from ..checkpoint import Checkpoint
 from ..clock import NS_PER_S, monotonic_ns
 from ..learner import LearnerSide
@@ -35,8 +35,6 @@ from .streams import BOOK, StreamBook
 from .wire import Join, Observe, Welcome
 
 __all__ = ["LearnerRun", "PolicyDesk", "RobotBook"]
-
-WARM_UP_RUNS = 10
 
 
 @dataclass(slots=True, kw_only=True)
@@ -351,15 +349,5 @@ class PolicyDesk:
         self._thread.shutdown()
 
     def _warm_up(self) -> None:
-        """The first inference allocates and chooses kernels, 20 to 50 ms: not for the first question."""
-        spec: Any = self._plan.spec
-        actor = TorchActor(self, spec, self._needs, np.random.default_rng(), deterministic=True)
-        image = np.zeros((*spec.image_hw, 3), np.uint8)
-        observation = Observation(
-            frame_ids=tuple(range(spec.frames)),
-            images=(image,) * spec.frames,
-            proprio=np.zeros(spec.proprio_dim, np.float32),
-            now_ns=0,
-        )
-        for _ in range(WARM_UP_RUNS):
-            actor.act(observation)
+        spec = self._plan.spec
+        warm_up(TorchActor(self, spec, self._needs, np.random.default_rng(), deterministic=True), spec)

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 
 from ...types import EpisodeEnd, FloatArray, Step, TaskSpec
-from .. import messages
 from ..log.format import EncodedFrame
-from .wire import MAX_HEADER_BYTES, FrameHead, Observe, RecordHead, WireError
+from ..messages import MAX_MESSAGE_BYTES, Position, decode_record, position
+from .wire import ACTION_SLACK, MAX_HEADER_BYTES, FrameHead, Observe, RecordHead, WireError
 
 __all__ = ["Intake", "check_spec"]
 
@@ -27,7 +27,6 @@ MAX_IMAGE_BYTES = 1 << 24
 MAX_FRAMES, MAX_ACTIONS, MAX_PROPRIO = 64, 1024, 4096
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 LARGEST = float(np.finfo(np.float32).max)  # a replay's numbers
-ACTION_SLACK = 1e-6
 MAX_COUNT = 2**53
 MAX_STAMP = 2**63 - 1
 
@@ -55,7 +54,7 @@ class Intake:
     @property
     def max_message_bytes(self) -> int:
         """Room for a record, or a question with its frames. A JPEG may be larger than its pixels, not twice."""
-        return max(2 * self._image_bytes * self._spec.frames, messages.MAX_MESSAGE_BYTES) + MAX_HEADER_BYTES
+        return max(2 * self._image_bytes * self._spec.frames, MAX_MESSAGE_BYTES) + MAX_HEADER_BYTES
 
     def frame(self, head: FrameHead, payload: memoryview) -> None:
         """Keep a frame; `payload` is kept, not copied. Whether a JPEG can be decoded is not looked at.
@@ -79,12 +78,12 @@ class Intake:
         _check_message(message, self._spec)
         named = self._named(message.frame_ids)
         ended = isinstance(message, EpisodeEnd)
-        position = _position(message)
-        known = self._in_log is not None and position <= self._in_log
+        place = position(message)
+        known = self._in_log is not None and place <= self._in_log
         # The first record of a connection may be any that is in the log already.
-        if not (known and self.seq == 0) and not _follows(position, ended, self._previous, self._previous_ended):
-            raise WireError(f"{'an end' if ended else 'a step'} at {position} after {self._previous}")
-        self.seq, self._previous, self._previous_ended = head.seq, position, ended
+        if not (known and self.seq == 0) and not _follows(place, ended, self._previous, self._previous_ended):
+            raise WireError(f"{'an end' if ended else 'a step'} at {place} after {self._previous}")
+        self.seq, self._previous, self._previous_ended = head.seq, place, ended
         for frame_id in [each for each in self._frames if each < message.frame_ids[0]]:
             self._drop_frame(frame_id)  # ids grow: no later record names it
         return None if known else (message, named)
@@ -153,27 +152,20 @@ def check_spec(spec: TaskSpec) -> None:
         raise WireError(f"a camera of {spec.camera_fps} frames per second")
 
 
-def _position(message: Step | EpisodeEnd) -> tuple[int, int]:
-    return message.episode, message.length if isinstance(message, EpisodeEnd) else message.index
-
-
-def _follows(position: tuple[int, int], ended: bool, previous: tuple[int, int] | None, previous_ended: bool) -> bool:
+def _follows(place: Position, ended: bool, previous: Position | None, previous_ended: bool) -> bool:
     """Whether a record comes next: the first step of a later episode, or the next index (an end's is its length)."""
-    if position[1] == 0:
-        return not ended and (previous is None or position[0] > previous[0])
-    return previous is not None and not previous_ended and position == (previous[0], previous[1] + 1)
+    if place[1] == 0:
+        return not ended and (previous is None or place[0] > previous[0])
+    return previous is not None and not previous_ended and place == (previous[0], previous[1] + 1)
 
 
 def _decode(payload: memoryview) -> Step | EpisodeEnd:
-    if len(payload) > messages.MAX_MESSAGE_BYTES:
+    if len(payload) > MAX_MESSAGE_BYTES:
         raise WireError(f"a record of {len(payload)} bytes")
     try:
-        message = messages.decode(payload)
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        return decode_record(payload)
+    except msgspec.DecodeError as error:
         raise WireError(f"a record that cannot be read: {error}") from None
-    if not isinstance(message, Step | EpisodeEnd):
-        raise WireError("a record that is neither a step nor the end of an episode")
-    return message
 
 
 def _check_message(message: Step | EpisodeEnd, spec: TaskSpec) -> None:

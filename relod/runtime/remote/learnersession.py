@@ -30,7 +30,7 @@ from ..experience import check_room
 from ..host import WORKER_STOP_LIMIT_S, Result
 from ..log.format import EncodedFrame
 from ..plan import LearnerPlan, steps_limit
-from ..processes import Supervisor
+from ..processes import Supervisor, signals_to
 from ..rundir import RunFolder
 from ..screen import View
 from ..shared import Signal
@@ -123,7 +123,7 @@ class LearnerSession:
             return self._finish()
 
     async def _run(self) -> None:
-        with self._signals(), open_learner_view() as view:
+        with signals_to(self._on_signal), open_learner_view() as view:
             try:
                 await self._serve(view)
             except RelodError as error:
@@ -365,18 +365,6 @@ class LearnerSession:
         elif self._signalled is not None:
             code = 128 + self._signalled
         return {**self.books.summary(), "exit_code": code, "error": str(self._error) if self._error else ""}
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for number in handled:
-            loop.add_signal_handler(number, self._on_signal, number)
-        try:
-            yield
-        finally:
-            for number in handled:
-                loop.remove_signal_handler(number)
 
     def _on_signal(self, number: signal.Signals) -> None:
         """Ctrl-C ends the run, for its robots too; after SIGTERM they wait for this learner to come back."""

@@ -7,6 +7,7 @@ the only input and output are the spool's files. One thread uses it.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -14,7 +15,7 @@ from typing import TypeAlias, TypeVar
 from ...errors import LinkLost, SafetyStop, StartError
 from ...types import EpisodeEnd, Step
 from ..log.format import EncodedFrame
-from ..messages import encode
+from ..messages import Position, encode, position
 from . import wire
 from .spool import Spool, find_spool
 
@@ -26,7 +27,6 @@ SEGMENT_BYTES = 4 << 20  # read back in one go: a few milliseconds
 OVERHEAD_BYTES = 1024  # of a record's objects beside their bytes, an estimate
 
 FrameKey: TypeAlias = tuple[int, int]  # id and captured_ns: a camera that is started again may count from 1 again
-Position: TypeAlias = tuple[int, int]  # (episode, index of a step); an episode's end: (episode, length)
 
 T = TypeVar("T")
 
@@ -42,8 +42,7 @@ class _Record:
 
     @property
     def position(self) -> Position:
-        message = self.message
-        return message.episode, message.index if isinstance(message, Step) else message.length
+        return position(self.message)
 
 
 class _Memory:
@@ -125,6 +124,11 @@ class Outbox:
     def add_frame(self, frame_id: int, frame: EncodedFrame) -> None:
         """Keep a camera frame for the records and observations that will name it."""
         _put_newest(self._recent, frame_id, frame, self._frames_kept)
+
+    @property
+    def frames(self) -> Mapping[int, EncodedFrame]:
+        """The camera frames that a record may name."""
+        return self._recent
 
     def add(self, message: Step | EpisodeEnd) -> bool:
         """Take the run's next record; False, and one more `dropped`, when a frame it names was lost.

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from ...config import load
+from ...config import flatten, load
 from ...errors import LinkLost, RelodError, SettingsError, StartError
 from ...robots import registry
 from ...robots.vision import make_shrink
@@ -42,7 +42,6 @@ from .wire import Answer, LearnerNews, Observe, Welcome
 __all__ = ["run_remote"]
 
 MIB = 1 << 20
-FRAMES_KEPT = 256  # of the camera: 8.5 s, far more than the episode stream can be behind
 FULL = "the outbox is full: waiting for the learner"
 
 SUMMARY_FIGURES = (
@@ -74,13 +73,11 @@ class _RemoteLearning:
         self._run = secrets.token_hex(16)
         self._shrink = make_shrink(spec.image_hw)
         self._codec = make_codec(settings.log.codec, settings.log.jpeg_quality, image_hw=spec.image_hw)
-        self._frames: dict[int, EncodedFrame] = {}
         self._episode_open = self._finishing = self._lost = False
         self._outbox = Outbox(
             folder.path / "outbox",
             memory_bytes=int(settings.link.outbox_mib * MIB),
             spool_bytes=int(settings.link.spool_gib * 1024 * MIB),
-            frames_kept=FRAMES_KEPT,
         )
         self._chain = ChainWriter(folder.path / "steps.chain")
         self._holds: dict[str, str] = {}  # why no episode may begin, by who says so
@@ -184,9 +181,6 @@ class _RemoteLearning:
     def add_frame(self, frame: Frame) -> None:
         """Keep a camera frame, encoded once; while the learner waits to answer, send it at once."""
         encoded = EncodedFrame(captured_ns=frame.captured_ns, data=self._codec.encode(self._shrink(frame.image)))
-        self._frames[frame.id] = encoded
-        while len(self._frames) > FRAMES_KEPT:
-            del self._frames[next(iter(self._frames))]
         self._outbox.add_frame(frame.id, encoded)
         if self._acts == "learner" and self._episode_open and self._link is not None:
             self._link.frame(frame.id)
@@ -201,7 +195,7 @@ class _RemoteLearning:
             return
         self._lost = True  # unless what follows succeeds
         if self._outbox.add(message):
-            self._chain.add(message, self._frames)
+            self._chain.add(message, self._outbox.frames)
         self._lost = False
         if self._outbox.full:
             self._hold("outbox", FULL)
@@ -277,7 +271,8 @@ class _RemoteLearning:
             return {}
         if "outbox" in self._holds and not self._outbox.full:
             self._hold("outbox", "")
-        found = {"link": {**_flat(self._link.figures()), **self._backlog(), "learner": self._remote.url}}
+        figures = {name: v if isinstance(v, str) else float(v or 0.0) for name, v in flatten(self._link.figures())}
+        found = {"link": {**figures, **self._backlog(), "learner": self._remote.url}}
         if self._news is not None:
             news, self._news = self._news, None
             found["worker"] = {
@@ -329,14 +324,3 @@ class _RemoteLearning:
             "steps_dropped": outbox.dropped,
             **{name: figures[name] for name in SUMMARY_FIGURES if name in figures},
         }
-
-
-def _flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float | str]:
-    """Nested figures as one mapping with dotted names."""
-    found: dict[str, float | str] = {}
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, str) else float(value or 0.0)
-    return found

@@ -31,7 +31,7 @@ from ..log.format import (
     unpack_frame,
     unpack_stream,
 )
-from ..messages import decode
+from ..messages import decode_record
 from ..rundir import Appender, disk_errors
 
 __all__ = ["Spool", "find_spool", "read_spool"]
@@ -182,9 +182,7 @@ def _read(path: Path) -> Iterator[Stored]:
                 # Copied, so that no frame keeps all of its file in memory.
                 frames[frame_id] = EncodedFrame(captured_ns=frame.captured_ns, data=bytes(frame.data))
             else:
-                message = decode(bytes(unpack_stream(record.payload)[1]))
-                if not isinstance(message, Step | EpisodeEnd):
-                    raise DamageError(at, "a record is no step and no end of an episode")
+                message = decode_record(unpack_stream(record.payload)[1])
                 yield message, {frame_id: frames[frame_id] for frame_id in message.frame_ids}
         except (KeyError, struct.error, msgspec.DecodeError) as error:
             raise DamageError(at, f"a record cannot be read: {error}") from error

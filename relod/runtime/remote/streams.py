@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from ...errors import StartError
-from ..experience import Position
+from ..messages import Position
 from ..rundir import Appender, disk_errors
 
 __all__ = ["BOOK", "StreamBook"]

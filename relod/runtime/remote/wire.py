@@ -16,6 +16,7 @@ from msgspec import Meta
 from ...types import TaskSpec
 
 __all__ = [
+    "ACTION_SLACK",
     "MAX_HEADER_BYTES",
     "PROTOCOL",
     "Ack",
@@ -31,6 +32,7 @@ __all__ = [
     "Hold",
     "Join",
     "LearnerNews",
+    "Name",
     "Observe",
     "Ping",
     "PolicyPart",
@@ -51,6 +53,7 @@ POLICY_PART_BYTES = 1 << 16  # small enough that an answer or an ack never waits
 MAX_ERROR_CHARS = 300
 NONCE_BYTES = 16
 PROOF_BYTES = 32
+ACTION_SLACK = 1e-6  # by which rounding may take an action out of [-1, 1]
 
 Bytes: TypeAlias = bytes | memoryview
 
