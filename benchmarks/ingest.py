@@ -136,13 +136,17 @@ class Robot:
 # -- the learner -------------------------------------------------------------------------------------------------------
 
 
-def start_learner(folder: Path, robots: int, arguments: list[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """The command and its address."""
+def ingest_settings(robots: int) -> list[str]:
+    """Settings of a learner that has to take what `robots` send, and to learn little."""
+    return [f"server.max_robots={robots}", "agent.init_steps=500", "log.limit_gib=4", "replay.capacity=20000"]
+
+
+def start_learner(folder: Path, settings: list[str]) -> tuple[subprocess.Popen[bytes], str]:
+    """The command, with A.B=C settings, and its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    settings = [f"run.folder={folder}", f"server.max_robots={robots}", "agent.init_steps=500", "log.limit_gib=4"]
-    options = [word for each in (*settings, "replay.capacity=20000", *arguments) for word in ("--set", each)]
+    options = [word for each in (f"run.folder={folder}", *settings) for word in ("--set", each)]
     with (folder / "stderr").open("wb") as errors:
         process = subprocess.Popen(
             [*RELOD, "learner", "--json", "--listen", address, *options], stdout=subprocess.PIPE, stderr=errors
@@ -185,7 +189,7 @@ async def trial(count: int, seconds: float, recording: Recording, arguments: lis
     """Replay the recording as `count` robots against a new learner."""
     with tempfile.TemporaryDirectory(prefix="relod-ingest-") as name:
         folder = Path(name)
-        learner, url = start_learner(folder, count, arguments)
+        learner, url = start_learner(folder, [*ingest_settings(count), *arguments])
         try:
             robots = [Robot(number, url, folder / "outbox", recording) for number in range(count)]
             await robots[0].link.open()  # which makes the learner begin its run

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from ingest import RELOD, Robot, create_spec, record, start_learner
+from ingest import RELOD, Robot, create_spec, ingest_settings, record, start_learner
 
 from relod.runtime.clock import NS_PER_S, monotonic_ns
 from relod.runtime.log.format import EncodedFrame
@@ -80,7 +80,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.relay = Relay()
-        self.learner, url = start_learner(folder, 4, [])
+        self.learner, url = start_learner(folder, ingest_settings(4))
         self._target = int(url.rpartition(":")[2])
         self.port = 0
 

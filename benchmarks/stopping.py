@@ -28,9 +28,9 @@ from relod.config import SafetySettings
 from relod.robots.create2.commission import Create2Commissioning
 from relod.robots.create2.driver import Create2Settings
 from relod.robots.create2.emulator import EmulatorOptions, serve
-from relod.robots.create2.faultport import ask
 from relod.robots.create2.firmware import Firmware
 from relod.robots.create2.plant import PRESETS, Plant, PlantSettings, WheelRecord
+from relod.robots.faultserver import ask
 from relod.runtime.clock import NS_PER_MS, monotonic_ns, sleep_s
 from relod.runtime.provenance import describe
 from relod.runtime.trial import Death, DeviceTrial, TrialPlan

@@ -1,8 +1,9 @@
 """Does an agent learn the task `track` in minutes of real time, and what are its returns worth?
 
 Runs `relod robot --task track` as its user does, as a whole process, for some minutes of wall clock per seed, start
-included. Returns are compared with those of a scripted controller that knows where the disc is, in virtual time, and
-of random actions. Writes JSON with machine, versions and commit.
+included; in a remote mode with a `relod learner` of its own, started first. Returns are compared with those of a
+scripted controller that knows where the disc is, in virtual time, and of random actions. Writes JSON with machine,
+versions and commit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ingest import RELOD, start_learner
 from virtual_episodes import virtual_episodes
 
 from relod.config import load
@@ -75,11 +77,28 @@ def returns(controller: Controller, *, episodes: int, seed: int, world: str = "n
     return [end.return_ for end in itertools.islice(ends, episodes)]
 
 
-def learn(seed: int, minutes: float, arguments: list[str]) -> dict[str, Any]:
-    """One run, ended by Ctrl-C after `minutes` of wall clock; its JSON document."""
+def learn(seed: int, minutes: float, mode: str, arguments: list[str]) -> dict[str, Any]:
+    """One run, ended by Ctrl-C after `minutes` of wall clock; its JSON document, and the learner's as "learner"."""
+    if mode == "local-only":
+        return run_robot(seed, minutes, [*arguments, "--mode", mode])
+    with tempfile.TemporaryDirectory() as folder:
+        learner, url = start_learner(Path(folder), [f"run.seed={seed}"])
+        try:
+            run = run_robot(seed, minutes, [*arguments, "--mode", mode, "--learner", url])
+            learner.send_signal(signal.SIGINT)
+            out, _ = learner.communicate(timeout=END_LIMIT_S)
+        finally:
+            learner.kill()
+            learner.wait()
+    learned = json.loads(out)
+    return run | {"updates": learned["updates"], "learner": learned}
+
+
+def run_robot(seed: int, minutes: float, arguments: list[str]) -> dict[str, Any]:
+    """`relod robot --task track`, ended by Ctrl-C after `minutes`; its JSON document."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            str(Path(sys.executable).with_name("relod")),
+            *RELOD,
             *("robot", "--task", "track", "--json", "--seed", str(seed), "--set", f"run.folder={folder}"),
             *arguments,
         ]
@@ -109,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="of wall clock per run, start included")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--mode", default="local-only", help="where the learner is; remote ones on this host")
     parser.add_argument("--episodes", type=int, default=40, help="of each scripted controller")
     parser.add_argument("--out", type=Path, default=Path("out/track.json"))
     parser.add_argument("arguments", nargs="*", help="further arguments of `relod robot`, after --")
@@ -124,11 +144,12 @@ def main() -> None:
         )
     }
     scripted = statistics.mean(samples["scripted"])
-    runs = [learn(seed, arguments.minutes, arguments.arguments) for seed in arguments.seeds]
+    runs = [learn(seed, arguments.minutes, arguments.mode, arguments.arguments) for seed in arguments.seeds]
     learned = [last_return(run) for run in runs]
     result = {
         "benchmark": "track",
         **describe(sys.argv),
+        "mode": arguments.mode,
         **{name: statistics.mean(values) for name, values in samples.items()},
         "last_return": learned,
         "last_return_over_scripted": [value / scripted for value in learned],

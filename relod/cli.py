@@ -47,6 +47,7 @@ RobotOption = Annotated[
 CameraOption = Annotated[
     str | None, typer.Option(help="Camera: sim, a V4L2 device (0, /dev/video0) or an MJPEG URL.", metavar="SOURCE")
 ]
+ControlOption = Annotated[Path | None, typer.Option(help="Unix socket for fault injection (JSON lines).")]
 MjpegOption = Annotated[
     int, typer.Option(min=0, max=65535, help="Serve the camera as MJPEG on 127.0.0.1; 0 = any free port.")
 ]
@@ -60,7 +61,11 @@ PresetOption = Annotated[
     str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option(help="Settings for a weaker learner, on top of the preset: laptop or jnano-em.")
+    str | None,
+    typer.Option(
+        help="Further settings, on top of the preset: laptop or jnano-em for a weaker learner; upstream of the ur5"
+        " tasks for their published code's."
+    ),
 ]
 RunSeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")]
 LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]
@@ -339,13 +344,13 @@ def check(
     camera: CameraOption = None,
     task: TaskOption = "create",
     yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask before it moves. Wheels must be off the floor.")
+        bool, typer.Option("--yes", help="Do not ask before it moves: wheels off the floor, room around an arm.")
     ] = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Commission a robot, wheels off the floor: sensors, camera, motions, and how fast it stops."""
+    """Commission a robot that is free to move: sensors, camera, motions, and how fast it stops."""
     from .runtime.modes import run_check
 
     document, code = run_check(
@@ -366,7 +371,7 @@ def check(
 @emulate.command("create")
 def emulate_create(
     link: Annotated[Path | None, typer.Option(help="Make this symbolic link to the port.")] = None,
-    control: Annotated[Path | None, typer.Option(help="Unix socket for fault injection (JSON lines).")] = None,
+    control: ControlOption = None,
     mjpeg_port: MjpegOption = 0,
     wheel_log: Annotated[
         Path | None, typer.Option(help="Write what the wheels did, with stamps, as JSON lines at the end.")
@@ -377,21 +382,8 @@ def emulate_create(
     assignments: SetOption = None,
 ) -> None:
     """A simulated Create 2 on a pseudo-terminal, with its camera; prints the port. Ctrl-C ends it."""
-    from .runtime.modes import run_emulator
-
-    code = run_emulator(
-        task="create",
-        link=link,
-        control=control,
-        mjpeg_port=mjpeg_port,
-        wheel_log=wheel_log,
-        world=world,
-        seed=seed,
-        config=config,
-        environment=dict(os.environ),
-        assignments=tuple(assignments or ()),
-    )
-    _end(code)
+    options = {"link": link, "control": control, "mjpeg_port": mjpeg_port, "wheel_log": wheel_log}
+    _emulate("create", world, seed, config, assignments, options)
 
 
 @emulate.command("track")
@@ -404,21 +396,60 @@ def emulate_track(
     assignments: SetOption = None,
 ) -> None:
     """A simulated miniature rig on a unix socket, with its camera; prints the socket. Ctrl-C ends it."""
+    _emulate("track", world, seed, config, assignments, {"link": link, "mjpeg_port": mjpeg_port})
+
+
+@emulate.command("ur5")
+def emulate_ur5(
+    host: Annotated[
+        str | None,
+        typer.Option(help="Loopback address of the controller, 127.0.0.x; the first free one if not given."),
+    ] = None,
+    control: ControlOption = None,
+    mjpeg_port: MjpegOption = 0,
+    motion_log: Annotated[
+        Path | None, typer.Option(help="Write what the arm did, with stamps, as JSON lines at the end.")
+    ] = None,
+    world: WorldOption = "nominal",
+    seed: SeedOption = 0,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+) -> None:
+    """A simulated UR5 (CB3): its controller's ports 29999 and 30001 to 30004, the target page's, and its camera.
+
+    Prints the address. Ctrl-C ends it.
+    """
+    options = {"host": host, "control": control, "mjpeg_port": mjpeg_port, "wheel_log": motion_log}
+    _emulate("ur5", world, seed, config, assignments, options)
+
+
+def _emulate(
+    task: str, world: str, seed: int, config: Path | None, assignments: list[str] | None, options: dict[str, Any]
+) -> NoReturn:
     from .runtime.modes import run_emulator
 
     code = run_emulator(
-        task="track",
-        link=link,
-        control=None,
-        mjpeg_port=mjpeg_port,
-        wheel_log=None,
+        task=task,
         world=world,
         seed=seed,
         config=config,
         environment=dict(os.environ),
         assignments=tuple(assignments or ()),
+        options=options,
     )
     _end(code)
+
+
+@app.command()
+def target(
+    listen: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 means every one of this host.", metavar="HOST:PORT")
+    ] = "0.0.0.0:8770",
+) -> None:
+    """Serve the page that shows the UR5's target: open it in the monitor's browser, full screen. Ctrl-C ends it."""
+    from .runtime.modes import run_target
+
+    run_target(listen)
 
 
 @app.command()

@@ -190,8 +190,11 @@ class Task(Protocol):
         """Outcome of step `index`, seen in the newest packets and the newest full-size image."""
         ...
 
-    def command(self, action: FloatArray) -> Command:
-        """The robot's command for an action in [-1, 1]."""
+    def command(self, action: FloatArray, window: SensorWindow) -> Command:
+        """The robot's command for an action in [-1, 1], by where the robot is.
+
+        Asked in every cycle of an episode, also for an action that stays because its successor is late.
+        """
         ...
 
     def stop(self) -> Command:

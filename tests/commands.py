@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from relod.robots.create2.faultport import ask
+from relod.robots.faultserver import ask
 
 RELOD = (sys.executable, "-m", "relod")
 START_LIMIT_S = 60.0

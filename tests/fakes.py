@@ -71,7 +71,7 @@ class FakeTask:
         default = timeout if index + 1 >= self.spec.max_steps else Outcome(reward=-1.0)
         return self.outcomes.get(index, default)
 
-    def command(self, action: np.ndarray) -> Command:
+    def command(self, action: np.ndarray, window: SensorWindow) -> Command:
         return Command(values=(float(action[0]) * FULL_SPEED,))
 
     def stop(self) -> Command:

@@ -23,6 +23,8 @@ __all__ = ["ALGORITHMS", "TASKS", "TaskEntry", "algorithm", "load_attribute", "n
 TASKS = {
     "create": "relod.robots.create2.reacher:CREATE_REACHER",
     "track": "relod.robots.track.task:TRACK",
+    "ur5": "relod.robots.ur5.visual_reacher:UR5_VISUAL_REACHER",
+    "ur5-min-time": "relod.robots.ur5.visual_reacher:UR5_MIN_TIME",
 }
 ALGORITHMS = {"sac": "relod.algos.sac:SAC"}
 
@@ -44,6 +46,7 @@ class TaskEntry:
     sensor_names: tuple[str, ...]
     command_names: tuple[str, ...]
     presets: Mapping[str, RawSettings] = field(default_factory=dict)  # by an agent's preset: what suits the task better
+    profiles: Mapping[str, RawSettings] = field(default_factory=dict)  # the task's own, by name
 
     def sections(self) -> dict[str, type[Section]]:
         """The settings' types by section, as `config.load` wants them."""

@@ -31,7 +31,6 @@ STOP_ALLOWED_MS = 400.0
 CAMERA_S = 2.0
 CAMERA_READ_S = 1.0
 
-QUESTION = "The robot will move. Is it free to (wheels off the floor), and can you reach its power switch?"
 STOP_ORDER = (
     Death.COMMANDS_STOP,
     Death.CONTROL_KILLED,
@@ -125,7 +124,7 @@ def run_check(
         _look_at_sensors(trial, result, console)
         if camera is not None:
             _look_at_camera(camera, result, console)
-        result.moved = confirm(QUESTION)
+        result.moved = confirm(f"The robot will move. {plan.robot.question}")
         if result.moved:
             _try_motions(trial, result, console)
     if result.moved and result.passed:
@@ -193,12 +192,12 @@ def _try_motions(trial: DeviceTrial, result: CheckResult, console: Console) -> N
         motion = MotionResult(
             name=name,
             asked=asked,
-            measured=tuple(round(speed, 1) for speed in measured),
+            measured=tuple(float(f"{speed:.3g}") for speed in measured),
             passed=_as_asked(asked, measured),
         )
         result.motions.append(motion)
         values = ", ".join(
-            f"{unit} {speed:.0f} (asked {wanted:.0f})"
+            f"{unit} {speed:.3g} (asked {wanted:.3g})"
             for unit, speed, wanted in zip(robot.command_names, measured, asked, strict=True)
         )
         console.print(f"{_mark(motion.passed)} {name}: {values}")

@@ -8,6 +8,7 @@ wakes within its timer slack whatever the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import struct
@@ -24,6 +25,7 @@ __all__ = [
     "WallClock",
     "cpu_seconds",
     "cpu_seconds_of",
+    "cpu_seconds_of_tree",
     "monotonic_ns",
     "sleep_until",
     "utc_seconds",
@@ -54,12 +56,27 @@ def cpu_seconds() -> float:
 
 def cpu_seconds_of(pid: int) -> float:
     """Seconds of processor time another process has used so far; 0 when it is gone."""
+    return sum(_cpu_times_of(pid)[:2])
+
+
+def cpu_seconds_of_tree(pid: int) -> float:
+    """The same of a process and all that it started, those that ended included; 0 when it is gone."""
+    children = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                children += file.read().split()
+    return sum(_cpu_times_of(pid)) + sum(cpu_seconds_of_tree(int(child)) for child in children)
+
+
+def _cpu_times_of(pid: int) -> tuple[float, ...]:
+    """Seconds in user mode, in the kernel, and both of its children that ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b") ")[2].split()
     except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime
+        return (0.0, 0.0, 0.0, 0.0)
+    return tuple(int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in fields[11:15])
 
 
 def sleep_until(deadline_ns: int) -> None:

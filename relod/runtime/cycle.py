@@ -110,6 +110,7 @@ class Cycle:
         self._answered_ns = 0  # stamp of the newest observation that was answered
         self._unanswered = 0  # cycles in a row in which no answer came
         self._at_tick = self._previous  # the command in force when the cycle began
+        self._window: SensorWindow  # of the cycle that has begun last
         self._actions = np.zeros((task.action_history, task.spec.action_dim), np.float32)
         self._reset: Reset | None = None
         self._reset_end_ns = 0
@@ -118,7 +119,7 @@ class Cycle:
 
     def tick(self, now_ns: int, inputs: Inputs) -> Tick:
         """Decide. `SafetyStop` when the senses stay away too long or a reset cannot be done."""
-        self._at_tick = self._previous
+        self._at_tick, self._window = self._previous, inputs.window
         self._take_images(inputs.frames)
         trouble = self._trouble(now_ns, inputs)
         self._bound_idle_time(now_ns, trouble, waiting=self.phase is Phase.WAITING and not inputs.hold)
@@ -205,12 +206,11 @@ class Cycle:
         return self._stand(self.phase, step=step, end=end)
 
     def _act(self, observation: Observation, step: Step | None = None) -> Tick:
-        """Ask the actor. Until a later answer comes the command stays as it is."""
+        """Ask the actor. Until a later answer comes the action stays as it is."""
         self._observation, self._acted_ns = observation, observation.now_ns
         action = self._actor.act(observation)
         if action is None:
-            held = Command(values=self._previous)
-            return Tick(command=held, phase=Phase.RUNNING, step=step, asked=observation)
+            return Tick(command=self._hold(), phase=Phase.RUNNING, step=step, asked=observation)
         self._answered_ns = observation.now_ns
         return Tick(command=self._take(action, observation.now_ns), phase=Phase.RUNNING, step=step)
 
@@ -223,11 +223,17 @@ class Cycle:
             )
         self._action, self._acted_ns, self._previous = action, now_ns, self._at_tick
         if sane:
-            return self._limited(self._task.command(action.values), self._limits)
+            return self._hold()
         self.rejected += 1
         stop = self._task.stop()  # at once, without slew: nothing is known about what was wanted
         self._previous = stop.values
         return stop
+
+    def _hold(self) -> Command:
+        """The command for the newest action, where the robot is now."""
+        if self._action is None:
+            return Command(values=self._previous)
+        return self._limited(self._task.command(self._action.values, self._window), self._limits)
 
     def _interrupted(self, trouble: str) -> Tick:
         end = self._close(self._observation, terminated=False, success=False, reason=trouble)

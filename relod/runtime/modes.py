@@ -6,6 +6,8 @@ update -> policy. A mode decides who answers an observation and who learns; each
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,39 +16,47 @@ from typing import Any
 
 import msgspec
 
-from ..config import Section, describe
+from ..config import Section, Settings, describe
 from ..robots import registry
-from .plan import Plan
+from .plan import Plan, Remote
+from .remote.wire import Challenge
 from .request import Place, Request, make_plan, task_settings
 
-__all__ = ["MODES", "describe_modes", "describe_settings", "resolve", "run_check", "run_emulator", "run_robot"]
+__all__ = [
+    "MODES",
+    "describe_modes",
+    "describe_settings",
+    "resolve",
+    "run_check",
+    "run_emulator",
+    "run_robot",
+    "run_target",
+]
 
 
 def run_robot(request: Request) -> Any:
     """Run `relod robot`; returns a `host.Result`."""
     plan = resolve(request)
     if plan.remote is not None:
-        plan = resolve(request, image_hw=_images_for(plan))
+        plan = resolve(request, _greet(plan.remote, plan.settings))
     return MODES[plan.mode].run(plan, request.arguments)
 
 
-def resolve(request: Request, *, image_hw: tuple[int, int] | None = None) -> Plan:
+def resolve(request: Request, learner: Challenge | None = None) -> Plan:
     """The plan of a run in one of these modes; see `request.make_plan`."""
-    return make_plan(request, {name: mode.place for name, mode in MODES.items()}, image_hw)
+    return make_plan(request, {name: mode.place for name, mode in MODES.items()}, learner)
 
 
-def _images_for(plan: Plan) -> tuple[int, int] | None:
-    """The images that the learner's networks are made for; waits for the learner."""
+def _greet(remote: Remote, settings: Settings) -> Challenge:
+    """What the learner says of itself; waits for it."""
     import uvloop
 
     from .remote.link import greet_learner
 
-    assert plan.remote is not None
-
     def say(text: str) -> None:
         print(f"relod: {text}", file=sys.stderr)
 
-    return uvloop.run(greet_learner(plan.remote.url, ca=plan.remote.ca, settings=plan.settings.link, say=say)).image_hw
+    return uvloop.run(greet_learner(remote.url, ca=remote.ca, settings=settings.link, say=say))
 
 
 # -- modes -----------------------------------------------------------------------------------------------------------
@@ -156,20 +166,17 @@ def describe_settings(task: str, algorithm: str) -> Iterator[tuple[str, Any, str
 def run_emulator(
     *,
     task: str,
-    link: Path | None,
-    control: Path | None,
-    mjpeg_port: int,
-    wheel_log: Path | None,
     world: str,
     seed: int,
     config: Path | None,
     environment: Mapping[str, str],
     assignments: tuple[str, ...],
+    options: Mapping[str, Any],
 ) -> int:
-    """A simulated robot alone, until Ctrl-C or SIGTERM; prints a JSON line that says where it is."""
-    import asyncio
-    import signal
+    """A simulated robot alone, until Ctrl-C or SIGTERM; prints a JSON line that says where it is.
 
+    `options`: further arguments of the task's emulator.
+    """
     import uvloop
 
     entry, settings = task_settings(task, world, config, environment, assignments)
@@ -182,24 +189,49 @@ def run_emulator(
         print(f"relod: a simulated robot; drive it with your own program, or with: relod robot {told}", file=sys.stderr)
 
     async def run() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await serve(
             settings.sim,
             seed,
             spec,
             on_ready=ready,
-            stop=stop,
+            stop=_until_signalled(),
             new_episode=asyncio.Event(),
-            link=link,
-            control=control,
-            mjpeg_port=mjpeg_port,
-            wheel_log=wheel_log,
+            **options,
         )
 
     uvloop.run(run())
     return 0
+
+
+def run_target(listen: str) -> None:
+    """Serve the page with the UR5's target, until Ctrl-C or SIGTERM; prints a JSON line that says where it is."""
+    import uvloop
+
+    from ..robots.ur5.targetpage import serve_target
+    from .remote.access import split_address, url_of
+
+    host, port = split_address(listen)
+
+    def say(text: str) -> None:
+        print(f"relod: {text}", file=sys.stderr)
+
+    def ready(port: int) -> None:
+        url = url_of("http", host, port)
+        print(msgspec.json.encode({"url": url}).decode(), flush=True)
+        say(f"open {url} in the monitor's browser, full screen; on the robot: --set robot.target=HOST:{port}")
+
+    async def run() -> None:
+        await serve_target(host, port, on_ready=ready, on_event=say, stop=_until_signalled())
+
+    uvloop.run(run())
+
+
+def _until_signalled() -> asyncio.Event:
+    """An event that Ctrl-C and SIGTERM set."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def run_check(

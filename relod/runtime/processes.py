@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
 from ..loading import load_attribute
 from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Report, Tell, readable
-from .clock import NS_PER_S, cpu_seconds_of, monotonic_ns
+from .clock import NS_PER_S, cpu_seconds_of_tree, monotonic_ns
 
 __all__ = ["Child", "Supervisor", "child_main", "signals_to"]
 
@@ -261,7 +261,7 @@ class Supervisor:
     def cpu_seconds(self) -> dict[str, float]:
         """Processor time of every living child since it started, in seconds."""
         return {
-            name: cpu_seconds_of(child.process.pid)
+            name: cpu_seconds_of_tree(child.process.pid)
             for name, child in self.children.items()
             if child.process is not None and child.process.pid is not None and child.alive
         }

@@ -6,7 +6,7 @@ import difflib
 import re
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +18,11 @@ from ..config import Section, Settings, flatten, load, to_dict
 from ..errors import SettingsError, StartError
 from ..robots import registry
 from ..robots.registry import TaskEntry
+from ..types import RawSettings
 from .plan import Plan, Remote, Resume
 from .remote.access import find_token
 from .remote.linkprofile import profile_named
-from .remote.wire import Name
+from .remote.wire import Challenge, Name
 from .rundir import read_run
 
 __all__ = [
@@ -92,12 +93,12 @@ DEFAULTS = {"task": "create", "mode": "local-only", "algorithm": "sac", "world":
 MAY_CHANGE = ("run.steps", "run.minutes", "run.metrics_every_s", "run.tensorboard", "learner.", "safety.", "camera.")
 
 
-def make_plan(request: Request, places: Mapping[str, Place], image_hw: tuple[int, int] | None = None) -> Plan:
+def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge | None = None) -> Plan:
     """Look up every name and load the settings; `SettingsError` for whatever does not fit together.
 
     Args:
         places: the modes there are.
-        image_hw: size of the agent's images where the user says nothing, for tasks that have such a setting.
+        learner: what the learner elsewhere says of itself; images are of the size that suits it and the task.
     """
     before = _before(request) if request.resume is not None else None
     names = {name: _chosen(request, name, before) for name in (*DEFAULTS, "preset")}
@@ -105,7 +106,7 @@ def make_plan(request: Request, places: Mapping[str, Place], image_hw: tuple[int
     one_of(names["clock"], CLOCKS, "clock")
     robot, camera = _hardware(request, names["clock"], before)
     entry = registry.task(names["task"])
-    remote = _remote(request, names, place)
+    remote = _remote(request, names, place, entry)
     algorithm = registry.algorithm(names["algorithm"]) if place.learns_here else None
     preset, reason = names["preset"] or "", "the learner's"
     trees = [world_settings(entry, names["world"])]
@@ -114,11 +115,11 @@ def make_plan(request: Request, places: Mapping[str, Place], image_hw: tuple[int
         preset, reason = choose_preset(names["preset"], algorithm.presets)
         sections["agent"] = algorithm.settings_type
         trees += [algorithm.presets[preset], entry.presets.get(preset, {})]
-        if request.profile is not None:
-            trees.append(algorithm.profiles[one_of(request.profile, tuple(algorithm.profiles), "profile")])
-    if image_hw is not None:
-        sizes = dict(zip(("image_height", "image_width"), image_hw, strict=True))
-        trees.append({"task": {name: n for name, n in sizes.items() if name in sections["task"].__struct_fields__}})
+    if request.profile is not None:
+        profiles = {**entry.profiles, **(algorithm.profiles if algorithm is not None else {})}
+        trees.append(profiles[one_of(request.profile, tuple(profiles), "profile")])
+    if learner is not None:
+        trees += _image_sizes(learner, entry, sections["task"])
     if before is None:
         settings = _load(request, sections, presets=trees, file=request.config)
     else:
@@ -149,7 +150,7 @@ def make_plan(request: Request, places: Mapping[str, Place], image_hw: tuple[int
     )
 
 
-def _remote(request: Request, names: Mapping[str, Any], place: Place) -> Remote | None:
+def _remote(request: Request, names: Mapping[str, Any], place: Place, entry: TaskEntry) -> Remote | None:
     """The learner elsewhere, of a mode that has one."""
     mode = names["mode"]
     if place.learns_here:
@@ -169,10 +170,11 @@ def _remote(request: Request, names: Mapping[str, Any], place: Place) -> Remote 
         )
     if names["clock"] == "virtual":
         raise SettingsError(f"--clock virtual with --mode {mode}: a link has no virtual time", "use --clock wall")
-    for option in ("preset", "profile"):
-        if getattr(request, option) is not None:
+    agents = {"preset": request.preset, "profile": request.profile if request.profile not in entry.profiles else None}
+    for option, value in agents.items():
+        if value is not None:
             raise SettingsError(
-                f"--{option} with --mode {mode}: the agent's settings are the learner's", "give it there"
+                f"--{option} {value} with --mode {mode}: the agent's settings are the learner's", "give it there"
             )
     if request.link is not None:
         profile_named(request.link)
@@ -195,6 +197,14 @@ def _remote(request: Request, names: Mapping[str, Any], place: Place) -> Remote 
         ca=request.ca,
         link=request.link,
     )
+
+
+def _image_sizes(learner: Challenge, entry: TaskEntry, task_type: type[Section]) -> Iterator[RawSettings]:
+    """Settings of the task for the images that a learner's networks are made for, the best last."""
+    if learner.image_hw is not None:
+        sizes = dict(zip(("image_height", "image_width"), learner.image_hw, strict=True))
+        yield {"task": {name: size for name, size in sizes.items() if name in task_type.__struct_fields__}}
+    yield {"task": entry.presets.get(learner.preset, {}).get("task", {})}
 
 
 def _check_recording(settings: Settings, clock: str, place: Place) -> None:

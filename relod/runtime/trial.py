@@ -60,6 +60,7 @@ class Commissioning(Protocol):
     sensor_names: tuple[str, ...]
     command_names: tuple[str, ...]
     take_control: int  # the request after which the robot moves although its wheels hang in the air
+    question: str  # for whoever has to make sure that it may move
     motions: tuple[tuple[str, tuple[float, ...]], ...]  # (name, command): each part of the robot by itself
     cruise: tuple[float, ...]  # command from which stopping is measured
 

@@ -17,8 +17,8 @@ from relod.errors import EXIT_OK, EXIT_SAFETY, StartError
 from relod.robots.create2 import oi
 from relod.robots.create2.commission import Create2Commissioning
 from relod.robots.create2.driver import SENSOR_COLUMNS, Create2Settings
-from relod.robots.create2.faultport import ask
 from relod.robots.create2.plant import WheelRecord
+from relod.robots.faultserver import ask
 from relod.runtime import check
 from relod.runtime.check import CheckResult, StopResult, _as_asked, run_check
 from relod.runtime.clock import NS_PER_MS

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 
 import pytest
 import uvloop
@@ -16,6 +18,8 @@ from relod.runtime.clock import (
     Ticker,
     VirtualClock,
     WallClock,
+    cpu_seconds_of,
+    cpu_seconds_of_tree,
     monotonic_ns,
     sleep_s,
     sleep_until,
@@ -155,3 +159,26 @@ def test_a_cancelled_wait_leaves_the_timer_usable(run, timer, fired_meanwhile):
             assert monotonic_ns() >= deadline_ns
 
     run(main())
+
+
+# -- processor time ----------------------------------------------------------------------------------------------------
+
+BUSY = "import time\nwhile time.process_time() < {}: pass\n"
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {ended!r}])
+subprocess.Popen([sys.executable, "-c", {living!r} + "print(flush=True); input()"])
+input()
+"""
+
+
+def test_a_tree_of_processes_has_the_time_of_all_living_and_dead():
+    ended, living = BUSY.format(0.2), BUSY.format(0.15)
+    script = PARENT.format(ended=ended, living=living)
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        whole_s = cpu_seconds_of_tree(parent.pid)
+        assert whole_s >= cpu_seconds_of(parent.pid) + 0.3  # both, to the tick of 10 ms
+        parent.kill()
+    assert cpu_seconds_of_tree(parent.pid) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from relod.errors import SafetyStop
 from relod.robots.limits import Limits
 from relod.runtime.clock import NS_PER_MS
 from relod.runtime.cycle import Phase, Tick
-from relod.types import Outcome
+from relod.types import Command, Outcome, SensorWindow
 from tests.fakes import CYCLE_NS, FULL_SPEED, RESET_SPEED, STOP, Bench, DistantActor, FakeTask, ScriptedActor
 
 
@@ -432,6 +433,22 @@ def test_an_action_that_is_late_is_held_and_recorded_as_what_was_done():
     assert tick.step is not None
     assert (tick.step.action.tolist(), tick.command.values) == ([0.5], (0.5 * FULL_SPEED,))
     assert bench.cycle.late == 1
+
+
+class CarefulTask(FakeTask):
+    """Drives only as long as `x` is small."""
+
+    def command(self, action: np.ndarray, window: SensorWindow) -> Command:
+        return super().command(action, window) if window.newest("x") < self.edge else STOP
+
+
+def test_an_action_that_is_held_is_a_command_by_where_the_robot_is_now():
+    task = CarefulTask()
+    task.edge = math.inf
+    bench = distant(0.5, task=task)
+    assert bench.tick().command.values == (0.5 * FULL_SPEED,)
+    task.edge = 0.0
+    assert bench.tick().command == STOP
 
 
 def test_a_late_answer_counts_for_the_cycle_in_which_it_comes():

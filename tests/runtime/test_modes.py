@@ -12,7 +12,8 @@ from relod.algos.sac import SacSettings
 from relod.errors import EXIT_SETTINGS, SettingsError
 from relod.robots.create2.reacher import CreateReacher
 from relod.runtime.modes import MODES, describe_modes, describe_settings, resolve
-from relod.runtime.request import choose_preset
+from relod.runtime.remote.wire import Challenge
+from relod.runtime.request import Request, choose_preset
 from tests.fakes import small_request
 
 
@@ -87,6 +88,41 @@ def test_settings_override_the_preset_and_the_world():
     found = plan(preset="paper", world="harsh", assignments=("agent.gamma=0.9", "sim.camera.drop=0.5"))
     assert (found.settings.agent.gamma, found.settings.agent.n_step) == (0.9, 1)
     assert (found.settings.sim.camera.drop, found.settings.sim.camera.latency_ms) == (0.5, 100.0)
+
+
+def ur5(**fields) -> Request:
+    return Request(**{"task": "ur5", "environment": {}, "overrides": {}, **fields})
+
+
+def test_a_tasks_own_profile_goes_over_the_preset():
+    assert resolve(ur5()).settings.task.max_speed_rad_s == 0.7
+    assert resolve(ur5(profile="upstream")).settings.task.max_speed_rad_s == 0.3
+    with pytest.raises(SettingsError, match=r"unknown profile 'upstrem'.* did you mean upstream"):
+        resolve(ur5(profile="upstrem"))
+
+
+def test_with_a_learner_elsewhere_a_profile_is_the_tasks_own_or_the_learners():
+    there = {"mode": "remote-local", "learner": "ws://127.0.0.1:8765"}
+    assert resolve(ur5(profile="upstream", **there)).settings.task.max_speed_rad_s == 0.3
+    with pytest.raises(SettingsError, match=r"--profile laptop with --mode remote-local: .* are the learner's"):
+        resolve(ur5(profile="laptop", **there))
+
+
+@pytest.mark.parametrize(
+    ("task", "preset", "seen"),
+    [
+        ("create", "sac-lite", (48, 64)),
+        ("ur5", "sac-lite", (45, 80)),
+        ("ur5", "", (48, 64)),
+        ("ur5", "paper", (48, 64)),
+    ],
+)
+def test_images_suit_the_learner_elsewhere_and_the_task(task, preset, seen):
+    greeting = Challenge(protocol=1, relod="1", nonce=bytes(16), token=False, image_hw=(48, 64), preset=preset)
+    there = {"task": task, "mode": "remote-local", "learner": "ws://127.0.0.1:8765"}
+    assert resolve(ur5(**there), greeting).task.spec.image_hw == seen
+    asked_for = resolve(ur5(assignments=("task.image_height=30",), **there), greeting)
+    assert asked_for.task.spec.image_hw[0] == 30
 
 
 @pytest.mark.parametrize(

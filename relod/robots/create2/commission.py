@@ -31,6 +31,7 @@ class Create2Commissioning:
     command_names: tuple[str, ...] = COMMAND_NAMES
     # With its wheels in the air the robot reports wheel drops, and would leave SAFE at once.
     take_control = int(Request.FULL)
+    question = "Are its wheels off the floor, and can you reach its power switch?"
     motions: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("left wheel forward", (TRY_MM_S, 0.0)),
         ("left wheel backward", (-TRY_MM_S, 0.0)),

@@ -17,15 +17,16 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from ...runtime.clock import NS_PER_S, DeadlineTimer, monotonic_ns
+from ..faultserver import CameraCable, CameraCorrupt, CameraFaults, CameraResize, CameraStall, CameraUnplug, FaultServer
 from ..simcamera import SimFrame
 from . import faultport as ops
-from .faultport import AnyOperation, FaultServer
+from .faultport import AnyOperation
 from .firmware import Firmware
 from .oi import STREAM_PERIOD_NS, Bumps
 from .plant import Pose
 from .wire import GARBLED, PtyPort, Wire
 
-__all__ = ["CameraFaults", "CameraFeed", "EmulatorOptions", "EmulatorReady", "serve"]
+__all__ = ["CameraFeed", "EmulatorOptions", "EmulatorReady", "serve"]
 
 STAND_LIMIT_NS = NS_PER_S  # how long wheels that turn may keep the emulator from ending
 
@@ -41,20 +42,6 @@ class CameraFeed(Protocol):
     def due(self, now_ns: int) -> Sequence[SimFrame]:
         """Frames that have arrived since the last call."""
         ...
-
-
-class CameraFaults(Protocol):
-    """What can go wrong with a simulated camera; a `FrameServer` can all of it."""
-
-    def stall(self, duration_s: float) -> None: ...
-
-    def resize(self, height: int, width: int) -> None: ...
-
-    def corrupt(self, frames: int) -> None: ...
-
-    async def unplug(self) -> None: ...
-
-    async def plug(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +84,7 @@ async def serve(
     try:
         async with AsyncExitStack() as stack:
             if options.control is not None:
-                await stack.enter_async_context(FaultServer(options.control, emulator.apply))
+                await stack.enter_async_context(FaultServer(options.control, AnyOperation, emulator.apply))
             async with asyncio.TaskGroup() as tasks:
                 emulator.tasks = tasks
                 transmit = tasks.create_task(emulator.transmit(), name="create2-transmit")
@@ -127,8 +114,7 @@ class _Emulator:
         publish: Callable[[SimFrame], None] | None,
         camera_faults: CameraFaults | None,
     ) -> None:
-        self.camera_faults = camera_faults
-        self.unplugged: asyncio.Task[None] | None = None  # brings the camera's cable back
+        self.camera_cable = CameraCable(camera_faults)
         self.firmware = firmware
         self.wire = Wire(firmware.baud_rate)
         self.symlink = symlink
@@ -238,29 +224,9 @@ class _Emulator:
         self.port = self.open_port()
 
     def cancel_replug(self) -> None:
-        for task in (self.replugging, self.unplugged):
-            if task is not None:
-                task.cancel()
-
-    def break_camera(
-        self, operation: ops.CameraStall | ops.CameraUnplug | ops.CameraResize | ops.CameraCorrupt
-    ) -> None:
-        faults = self.camera_faults
-        if faults is None:
-            raise ValueError("there is no camera")
-        match operation:
-            case ops.CameraStall():
-                faults.stall(operation.seconds)
-            case ops.CameraResize():
-                faults.resize(operation.height, operation.width)
-            case ops.CameraCorrupt():
-                faults.corrupt(operation.count)
-            case ops.CameraUnplug():
-                if self.unplugged is not None and not self.unplugged.done():
-                    raise ValueError("the camera's cable is already pulled")
-                self.unplugged = self.tasks.create_task(
-                    _pull_camera(faults, operation.seconds), name="create2-camera-cable"
-                )
+        self.camera_cable.cancel()
+        if self.replugging is not None:
+            self.replugging.cancel()
 
     def hang_up(self, seconds: float) -> None:
         if self.port is None:
@@ -303,8 +269,8 @@ class _Emulator:
             case ops.Place():
                 pose = Pose(x_m=operation.x_m, y_m=operation.y_m, heading_rad=operation.heading_rad)
                 firmware.place(pose, now_ns)
-            case ops.CameraStall() | ops.CameraUnplug() | ops.CameraResize() | ops.CameraCorrupt():
-                self.break_camera(operation)
+            case CameraStall() | CameraUnplug() | CameraResize() | CameraCorrupt():
+                self.camera_cable.apply(operation)
             case ops.State():
                 return self.state(now_ns)
             case ops.WheelLog():
@@ -340,12 +306,6 @@ class _Emulator:
             "commands": {opcode.name: count for opcode, count in firmware.commands.items()},
             "notes": list(firmware.notes),
         }
-
-
-async def _pull_camera(faults: CameraFaults, seconds: float) -> None:
-    await faults.unplug()
-    await asyncio.sleep(seconds)
-    await faults.plug()
 
 
 def _bits(sides: ops.WheelDrop | ops.Bump, left: Bumps, right: Bumps) -> int:

@@ -1,31 +1,14 @@
-"""The emulator's control socket: faults and questions as JSON lines on a unix socket.
-
-Each line is an object with `op` and that operation's fields, for example `{"op": "wheel_drop", "left": true}`.
-Each answer is a line `{"ok": true, ...}` or `{"ok": false, "error": "..."}`.
-"""
+"""What the control socket of the simulated Create 2 understands (see `robots.faultserver`)."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import socket
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
-import msgspec
 from msgspec import Meta
 
-from ...errors import StartError
+from ..faultserver import CameraOperation, Operation, Seconds
 
-__all__ = ["FaultServer", "Operation", "ask"]
-
-Seconds: TypeAlias = Annotated[float, Meta(gt=0, le=3600)]
-LINE_LIMIT_BYTES = 64 * 1024
-
-
-class Operation(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True):
-    """Base of what can be asked."""
+__all__ = ["AnyOperation"]
 
 
 class Battery(Operation, frozen=True):
@@ -118,31 +101,6 @@ class Place(Operation, frozen=True):
     heading_rad: float
 
 
-class CameraStall(Operation, frozen=True, tag="camera_stall"):
-    """The camera hangs for a while, its connections open."""
-
-    seconds: Seconds
-
-
-class CameraUnplug(Operation, frozen=True, tag="camera_unplug"):
-    """Pull the camera's cable; put it back after a while."""
-
-    seconds: Seconds
-
-
-class CameraResize(Operation, frozen=True, tag="camera_resize"):
-    """The camera delivers pictures of another size from now on."""
-
-    height: Annotated[int, Meta(ge=1, le=4096)]
-    width: Annotated[int, Meta(ge=1, le=4096)]
-
-
-class CameraCorrupt(Operation, frozen=True, tag="camera_corrupt"):
-    """Damage the camera's next frames."""
-
-    count: Annotated[int, Meta(ge=0)]
-
-
 class State(Operation, frozen=True):
     """Ask for everything about the robot."""
 
@@ -166,76 +124,7 @@ AnyOperation: TypeAlias = (
     | HangUp
     | Wake
     | Place
-    | CameraStall
-    | CameraUnplug
-    | CameraResize
-    | CameraCorrupt
+    | CameraOperation
     | State
     | WheelLog
 )
-
-
-class FaultServer:
-    """Serves the control socket; `apply` performs an operation and returns what to answer, ValueError to refuse."""
-
-    def __init__(self, path: Path, apply: Callable[[AnyOperation], dict[str, Any]]) -> None:
-        self.path = path
-        self._apply = apply
-        self._decoder = msgspec.json.Decoder(AnyOperation)
-        self._clients: set[asyncio.Task[None]] = set()
-
-    async def __aenter__(self) -> FaultServer:
-        try:
-            self.path.unlink(missing_ok=True)
-            self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_LIMIT_BYTES)
-            os.chmod(self.path, 0o600)
-        except OSError as error:
-            raise StartError(
-                f"no control socket at {self.path}: {error}", "a socket's path has at most 107 characters"
-            ) from error
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._server.close()
-        for client in self._clients:
-            client.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
-        self.path.unlink(missing_ok=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        try:
-            while line := await reader.readline():
-                writer.write(msgspec.json.encode(self._answer(line)) + b"\n")
-                await writer.drain()
-        except (ValueError, ConnectionError, asyncio.CancelledError):  # line too long, client gone, server ended
-            pass
-        finally:
-            self._clients.discard(task)
-            writer.close()
-
-    def _answer(self, line: bytes) -> dict[str, Any]:
-        try:
-            return {"ok": True, **self._apply(self._decoder.decode(line))}
-        except ValueError as error:  # msgspec's errors among them
-            return {"ok": False, "error": str(error)}
-
-
-def ask(path: Path | str, op: str, timeout_s: float = 5.0, **fields: object) -> dict[str, Any]:
-    """Ask an emulator one thing and wait for the answer; for tests and scripts.
-
-    Raises:
-        ValueError: the emulator refused.
-        OSError: nobody listens at `path`, or no answer in `timeout_s`.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
-        client.connect(str(path))
-        client.sendall(msgspec.json.encode({"op": op, **fields}) + b"\n")
-        with client.makefile("rb") as lines:
-            answer: dict[str, Any] = msgspec.json.decode(lines.readline())
-    if not answer.pop("ok"):
-        raise ValueError(answer["error"])
-    return answer

@@ -158,7 +158,7 @@ class CreateReacher:
             return Outcome(reward=-1.0, truncated=True, reason="time limit")
         return Outcome(reward=-1.0)
 
-    def command(self, action: FloatArray) -> Command:
+    def command(self, action: FloatArray, window: SensorWindow) -> Command:
         """Wheel speeds in whole mm/s, left and right; a robot is made to stand by an action that is no number."""
         if not np.isfinite(action).all():
             return STAND

@@ -20,6 +20,7 @@ class TrackCommissioning:
     sensor_names: tuple[str, ...] = SENSOR_COLUMNS
     command_names: tuple[str, ...] = COMMAND_NAMES
     take_control = 0  # the rig needs no request to obey
+    question = "Is its camera free to move by 10 cm each way, and can you reach its power switch?"
     motions: tuple[tuple[str, tuple[float, ...]], ...] = (
         ("right", (TRY_MM_S, 0.0, 0.0)),
         ("left", (-TRY_MM_S, 0.0, 0.0)),

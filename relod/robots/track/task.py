@@ -123,7 +123,7 @@ class Track:
             reward=REWARD_SCALE * seen - ACTION_COST * effort, truncated=over, reason="time limit" if over else ""
         )
 
-    def command(self, action: FloatArray) -> Command:
+    def command(self, action: FloatArray, window: SensorWindow) -> Command:
         """Velocities in mm/s; a rig is made to stand by an action that is no number."""
         if not np.isfinite(action).all():
             return self.stop()

@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+import socket
 import ssl
 import stat
 from collections import deque
@@ -33,6 +34,8 @@ __all__ = [
     "read_token",
     "robot_proof",
     "server_tls",
+    "split_address",
+    "url_of",
 ]
 
 TOKEN_VARIABLE = "RELOD_TOKEN"
@@ -106,6 +109,20 @@ def make_token(path: Path) -> bytes:
     except OSError as error:
         raise StartError(f"token file {path}: {error.strerror}", "give a token with --token-file") from error
     return token
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, an IPv6 address in brackets; `SettingsError` when it is none."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise SettingsError(f"--listen {listen!r} is no HOST:PORT", "for example --listen 0.0.0.0:8765")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def url_of(scheme: str, host: str, port: int) -> str:
+    """The address of what listens on `host`; the one that other hosts see, where it listens on all."""
+    shown = _own_address() if host in ("", "0.0.0.0", "::") else host
+    return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -214,3 +231,13 @@ class Throttle:
         self._level_bytes = max(0.0, self._level_bytes - allowed) + size_bytes
         self._last_ns = now_ns
         return max(0.0, self._level_bytes / self._rate - RATE_WINDOW_S)
+
+
+def _own_address() -> str:
+    """This host's address on its way to others; its name where it has none. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address of nobody (RFC 5737)
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

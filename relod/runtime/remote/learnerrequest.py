@@ -6,7 +6,6 @@ The task is not among it: that is for the first robot to say, and its plan is ma
 from __future__ import annotations
 
 import secrets
-import socket
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,16 @@ from ...types import TaskSpec
 from ..plan import LearnerPlan, Resume
 from ..request import choose_preset, one_of, resumed_settings
 from ..rundir import read_run
-from .access import TOKEN_VARIABLE, find_token, is_loopback, make_token, read_token, server_tls
+from .access import (
+    TOKEN_VARIABLE,
+    find_token,
+    is_loopback,
+    make_token,
+    read_token,
+    server_tls,
+    split_address,
+    url_of,
+)
 from .wire import Join
 
 __all__ = ["Access", "LearnerRequest", "Teaching", "choose_access", "choose_teaching"]
@@ -230,8 +238,7 @@ class Access:
 
     def url(self, port: int) -> str:
         """What robots give as --learner; the address that other hosts see, where all of them are listened on."""
-        host = _own_address() if self.host in ("", "0.0.0.0", "::") else self.host
-        return f"{'ws' if self.tls is None else 'wss'}://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of("ws" if self.tls is None else "wss", self.host, port)
 
     def tell_how_to_join(self, url: str, say: Callable[[str], None]) -> None:
         """The lines a person at the robot needs."""
@@ -254,10 +261,7 @@ def choose_access(request: LearnerRequest, runs: Path) -> Access:
         SettingsError: no address, or a certificate without its key.
         StartError: a file cannot be used, or the token cannot be written.
     """
-    host, colon, port = request.listen.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise SettingsError(f"--listen {request.listen!r} is no HOST:PORT", "for example --listen 0.0.0.0:8765")
+    host, port = split_address(request.listen)
     if (request.cert is None) != (request.key is None):
         raise SettingsError("--cert and --key belong together", "give both, or neither")
     token, token_file = find_token(request.token_file, request.environment), request.token_file
@@ -266,18 +270,8 @@ def choose_access(request: LearnerRequest, runs: Path) -> Access:
         token = read_token(token_file) if token_file.exists() else make_token(token_file)
     return Access(
         host=host,
-        port=int(port),
+        port=port,
         token=token,
         token_file=token_file,
         tls=server_tls(request.cert, request.key) if request.cert is not None and request.key is not None else None,
     )
-
-
-def _own_address() -> str:
-    """This host's address on its way to others; its name where it has none. Nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address of nobody (RFC 5737)
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()

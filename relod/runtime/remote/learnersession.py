@@ -141,6 +141,7 @@ class LearnerSession:
             tls=access.tls,
             say=self._say,
             image_hw=teaching.image_hw,
+            preset=teaching.preset,
         )
         server.failed.add_done_callback(self._done)
         port = await server.start(access.host, access.port, listening=False)

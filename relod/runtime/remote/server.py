@@ -58,6 +58,7 @@ class LearnerServer:
         token: what robots must prove to know; None lets everyone in.
         say: takes lines for people.
         image_hw: of the images that suit the learner's networks; robots that were told nothing else send such.
+        preset: the agent's; a task may know images that suit both better.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class LearnerServer:
         tls: ssl.SSLContext | None,
         say: Callable[[str], object] = lambda text: None,
         image_hw: tuple[int, int] | None = None,
+        preset: str = "",
     ) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # why the learner must end
         self._hall, self._settings, self._token, self._tls, self._say = hall, settings, token, tls, say
-        self._image_hw = image_hw
+        self._image_hw, self._preset = image_hw, preset
         self._sessions: dict[str, RobotSession] = {}
         self._tallies: dict[str, Tally] = {}
         self._attempts = Attempts()
@@ -121,8 +123,8 @@ class LearnerServer:
         return self._port
 
     def prefer(self, image_hw: tuple[int, int]) -> None:
-        """Tell robots that come from now on to send images of this size."""
-        self._image_hw = image_hw
+        """Tell robots that come from now on to send images of this size, whatever they would suggest."""
+        self._image_hw, self._preset = image_hw, ""
 
     async def listen(self) -> None:
         """Let robots in from now on."""
@@ -279,7 +281,12 @@ class LearnerServer:
         challenge = secrets.token_bytes(NONCE_BYTES)
         asks_token = self._token is not None
         greeting = Challenge(
-            protocol=PROTOCOL, relod=__version__, nonce=challenge, token=asks_token, image_hw=self._image_hw
+            protocol=PROTOCOL,
+            relod=__version__,
+            nonce=challenge,
+            token=asks_token,
+            image_hw=self._image_hw,
+            preset=self._preset,
         )
         await connection.send(pack(greeting))
         join = read_join(await connection.recv())

@@ -160,6 +160,7 @@ class Challenge(_Head, frozen=True, tag="challenge"):
     nonce: Nonce
     token: bool  # whether a proof is asked for
     image_hw: tuple[Pixels, Pixels] | None = None  # the images that its networks are made for, if it cares
+    preset: Annotated[str, Meta(max_length=64)] = ""  # of the agent, as long as no robot has brought the task
 
 
 class Welcome(_Head, frozen=True, tag="welcome"):

@@ -20,10 +20,10 @@ from relod.robots.create2 import driver as driver_module
 from relod.robots.create2 import oi
 from relod.robots.create2.driver import SENSOR_COLUMNS, Create2Driver, Create2Settings, Request
 from relod.robots.create2.emulator import EmulatorOptions, EmulatorReady, serve
-from relod.robots.create2.faultport import ask
 from relod.robots.create2.firmware import Firmware
 from relod.robots.create2.plant import PRESETS, Plant, PlantSettings, Pose
 from relod.robots.create2.port import open_error
+from relod.robots.faultserver import ask
 from relod.runtime.clock import NS_PER_S, monotonic_ns
 
 QUICK = Create2Settings(answer_limit_s=0.3, stream_limit_s=0.15, reopen_limit_s=1.0)

@@ -21,10 +21,10 @@ import serial
 from relod.errors import StartError
 from relod.robots.create2 import oi
 from relod.robots.create2.emulator import EmulatorOptions, EmulatorReady, serve
-from relod.robots.create2.faultport import ask
 from relod.robots.create2.firmware import Firmware
 from relod.robots.create2.oi import Bumps, ChargingSource, Mode
 from relod.robots.create2.plant import DOCK_POSE, Plant, PlantSettings, Pose
+from relod.robots.faultserver import ask
 from relod.robots.simcamera import SimFrame
 from relod.runtime.clock import monotonic_ns, sleep_s
 

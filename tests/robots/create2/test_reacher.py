@@ -166,7 +166,7 @@ def test_previous_actions_are_what_the_robot_was_given_oldest_first():
     ],
 )
 def test_actions_become_whole_speeds_cut_towards_zero(task, action, wheels):
-    assert task.command(np.array(action, np.float32)).values == wheels
+    assert task.command(np.array(action, np.float32), make_window()).values == wheels
 
 
 # -- reward and end ----------------------------------------------------------------------------------------------------

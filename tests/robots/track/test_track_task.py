@@ -99,10 +99,15 @@ def test_the_disc_is_told_from_the_plane_in_every_world(world):
 
 
 def test_commands_are_clipped_and_an_action_that_is_no_number_stands():
-    assert TASK.command(np.array([0.5, -3.0, 0.0], np.float32)).values == (100.0, -200.0, 0.0)
-    assert TASK.command(np.array([0.5, np.nan, 0.0], np.float32)) == TASK.stop() == Command(values=STILL)
+    assert TASK.command(np.array([0.5, -3.0, 0.0], np.float32), window()).values == (100.0, -200.0, 0.0)
+    assert TASK.command(np.array([0.5, np.nan, 0.0], np.float32), window()) == TASK.stop() == Command(values=STILL)
     slow = Track(TrackSettings(max_speed_mm_s=50.0))
-    assert slow.command(np.ones(3, np.float32)).values == slow.limits.high == slow.reset_limits.high == (50.0,) * 3
+    assert (
+        slow.command(np.ones(3, np.float32), window()).values
+        == slow.limits.high
+        == slow.reset_limits.high
+        == (50.0,) * 3
+    )
 
 
 def test_faster_than_the_rig_is_refused():

@@ -83,6 +83,7 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
         nonce=nonces,
         token=st.booleans(),
         image_hw=st.none() | st.tuples(pixels, pixels),
+        preset=st.text(max_size=64),
     ),
     wire.Welcome: st.builds(
         wire.Welcome,
@@ -192,7 +193,7 @@ def test_every_field_is_needed_unless_it_has_a_default(kind, heads, unpack):
     assert optional == {
         wire.Observe: {"frames"},
         wire.Ping: {"backlog", "rtt_ms"},
-        wire.Challenge: {"image_hw"},
+        wire.Challenge: {"image_hw", "preset"},
         wire.Refused: {"hint", "retry"},
     }.get(kind, set())
     for name in header:

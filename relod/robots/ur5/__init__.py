@@ -1,0 +1,1 @@
+"""The UR5: the arm, its controller, its task."""
