@@ -24,7 +24,7 @@ from .interface import COMMAND_NAMES, SENSOR_COLUMNS, RobotSettings
 from .pendant import Pendant, trouble
 from .states import RobotMode, RuntimeState, SafetyMode
 from .target import NO_TARGET, place_of
-from .targetlink import TargetLink
+from .targetlink import TargetLink, target_host
 
 __all__ = ["StopBudget", "UR5Driver", "state_name"]
 
@@ -91,7 +91,8 @@ class UR5Driver:
         self.reopen_limit_s = settings.reopen_limit_s
         self._settings, self._publish, self._on_event = settings, publish, on_event
         self._client: ClientProcess | None = None
-        self._target = TargetLink(settings.target or address, on_event) if settings.target != "none" else None
+        where = settings.target or target_host(address)
+        self._target = TargetLink(where, on_event) if where != "none" else None
         self._open = False  # packets are published: who sees one may command
         self._news = asyncio.Event()  # a packet that shows trouble, the client ready, a loss
         self._loss = ""

@@ -59,5 +59,5 @@ class RobotSettings(Section, frozen=True):
     ] = 600.0
     target: Annotated[
         str,
-        Meta(description="HOST[:PORT] of `relod target`; empty: at the robot's own address; none: no target"),
+        Meta(description="HOST[:PORT] of `relod target`; empty: this host, or a simulated robot's; none: no target"),
     ] = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -14,7 +15,7 @@ from websockets.exceptions import InvalidHandshake, WebSocketException
 from ...errors import SettingsError, StartError
 from .target import DEFAULT_PORT, NO_TARGET, ROBOT_PATH, Pages, Painted, Refused, show
 
-__all__ = ["TargetLink"]
+__all__ = ["TargetLink", "target_host"]
 
 CONNECT_LIMIT_S = 1.0
 PING_S = 2.0  # a monitor's computer that is gone without a word is noticed within twice this
@@ -135,6 +136,15 @@ class TargetLink:
                 self._news.set()
             case Refused(why=why):
                 raise WebSocketException(why)
+
+
+def target_host(address: str) -> str:
+    """Where the target of the robot at `address` is served if nobody says: a simulated one's world does it, on its
+    loopback address; for any other robot this host does."""
+    try:
+        return address if ipaddress.ip_address(address).is_loopback else "127.0.0.1"
+    except ValueError:
+        return "127.0.0.1"
 
 
 def _address(where: str) -> tuple[str, int]:

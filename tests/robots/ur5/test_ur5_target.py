@@ -24,7 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from relod.errors import SettingsError, StartError
 from relod.robots.ur5 import target, targetlink
 from relod.robots.ur5.target import HEIGHT, NO_TARGET, RADIUS, WIDTH, Place, Show, draw_place, place_of, request_for
-from relod.robots.ur5.targetlink import TargetLink
+from relod.robots.ur5.targetlink import TargetLink, target_host
 from relod.robots.ur5.targetpage import PAGE, TargetServer, serve_target
 
 HERE, THERE = request_for(Place(80.0, 45.0)), request_for(Place(27.0, 63.0))
@@ -446,3 +446,10 @@ def test_a_real_browser_shows_the_disc_where_it_was_asked_to(tmp_path: Path) -> 
                 assert (red | white).mean() > 0.985  # the rest: the disc's soft edge, a line of small gray print
 
     run(body)
+
+
+@pytest.mark.parametrize(
+    ("address", "host"), [("127.0.0.7", "127.0.0.7"), ("192.168.1.10", "127.0.0.1"), ("ur5.lab", "127.0.0.1")]
+)
+def test_unless_told_otherwise_this_host_or_the_simulated_world_serves_the_target(address: str, host: str) -> None:
+    assert target_host(address) == host
