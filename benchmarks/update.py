@@ -115,11 +115,12 @@ def make_lite() -> Callable[[], object]:
     settings, spec = settings_of("sac-lite"), make_spec((48, 64))
     learner = SAC.build_learner(spec, settings, seed=0, device=CPU)
     needs, rng = SAC.needs(spec, settings), np.random.default_rng(0)
-    (sampler,) = make_samplers(spec, steps=REPLAY_STEPS, lookahead=needs.n_step, threads=(1,))
+    (sampler,) = make_samplers(spec, steps=REPLAY_STEPS, lookahead=needs.lookahead, threads=(1,))
 
     def update() -> None:
-        n_step, gamma = needs.n_step, needs.gamma
-        learner.update(sampler.sample(needs.batch_size, n_step=n_step, gamma=gamma, window=needs.window, rng=rng))
+        memory = needs.memory
+        n_step, gamma = memory.n_step, memory.gamma
+        learner.update(sampler.sample(memory.size, n_step=n_step, gamma=gamma, window=needs.window, rng=rng))
 
     return update
 

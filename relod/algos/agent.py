@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,17 @@ from ..config import Section
 from ..errors import SettingsError
 from ..loading import load_attribute
 from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
-from .batch import Batch, Window
+from .batch import Window
 
 __all__ = [
     "Algorithm",
     "FixedPolicy",
     "Learner",
+    "Minibatches",
     "Needs",
     "PolicySource",
+    "Precision",
+    "Rollouts",
     "TorchActor",
     "bind_policy",
     "find_algorithm",
@@ -38,31 +41,58 @@ __all__ = [
 
 POLICY_PREFIX = "policy."  # of the policy's own tensors in a learner's state
 
+Precision: TypeAlias = Literal["float16", "float32"]
 SectionT_contra = TypeVar("SectionT_contra", bound=Section, contravariant=True)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatches:
+    """An algorithm that learns from minibatches of a replay, while the robot acts; `update` is given a `Batch`."""
+
+    size: int
+    n_step: int
+    gamma: float  # discount per action cycle
+    update_after: int  # environment steps before the first update
+    max_updates_per_step: float  # cap on the update-to-data ratio
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """An algorithm that learns from whole episodes of its newest policy, while no robot acts; `update` is given a
+    `Rollout`. Policies are taken between episodes only."""
+
+    steps: int  # at least, before an update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What the runtime must know of an algorithm's settings."""
 
-    replay: bool  # transitions from a replay, in minibatches
-    batch_size: int
-    n_step: int
-    gamma: float  # discount per action cycle
+    memory: Minibatches | Rollouts
     window: Window  # augmentation of the images, and what the actor cuts out
-    init_steps: int  # environment steps of uniform random actions
-    update_after: int  # environment steps before the first update
-    init_hold: int  # cycles for which one of those actions is held
-    noise_cycles: float  # correlation time of the policy's noise; 0 = white
-    max_updates_per_step: float  # cap on the update-to-data ratio
+    extras: int = 0  # values that the policy gives beside each action and wants back
+    init_steps: int = 0  # environment steps of uniform random actions
+    init_hold: int = 1  # cycles for which one of those actions is held
+    noise_cycles: float = 0.0  # correlation time of the policy's noise; 0 = white
+    precision: Precision = "float16"  # in which its policies travel over links
+
+    @property
+    def between_episodes(self) -> bool:
+        """Whether policies may be taken between episodes only."""
+        return isinstance(self.memory, Rollouts)
+
+    @property
+    def lookahead(self) -> int:
+        """Steps ahead that an update looks at, at most."""
+        return self.memory.n_step if isinstance(self.memory, Minibatches) else 1
 
 
 class Learner(Protocol):
     """Owns networks and optimisers. Deterministic for a seed, a device, a thread count and the same batches."""
 
-    def update(self, batch: Batch) -> None:
-        """One gradient update; never waits for the device."""
+    def update(self, batch: Any) -> None:
+        """One update, with the `Batch` or the `Rollout` that the algorithm's memory gives."""
         ...
 
     def metrics(self) -> Mapping[str, float]:

@@ -19,6 +19,8 @@ __all__ = [
     "PIXEL",
     "Batch",
     "Fence",
+    "Look",
+    "Rollout",
     "Window",
     "centre_window",
     "copy_stacks",
@@ -75,6 +77,40 @@ class Batch:
     discounts: npt.NDArray[np.float32]  # (B,) gamma^m of the m steps summed, 0 where the episode terminated
     corners: npt.NDArray[np.int64] | None = None  # (B, 2), y and x of the windows still to be cut
     fence: Fence = field(default_factory=Fence)
+
+
+class Look(Protocol):
+    """Reads images of a rollout's observations."""
+
+    def __call__(
+        self, observations: npt.NDArray[np.int64], corners: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Frames `(B, k, H, W, 3)`, oldest first, of the observations numbered so; at `corners` windows of them, edges
+        replicated, of the same size. Valid until the next call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Whole episodes acted by one policy: T steps, one episode after the other, and N last observations.
+
+    Observation `t < T` is the one in which step t was taken, `T + j` the true last one of the j-th episode. Episodes
+    whose end is not known are left out.
+    """
+
+    proprio: npt.NDArray[np.float32]  # (T + N, P)
+    actions: npt.NDArray[np.float32]  # (T, A) in [-1, 1], as they were done
+    extras: npt.NDArray[np.float32]  # (T, E), what the algorithm's own actor said of each
+    rewards: npt.NDArray[np.float32]  # (T,)
+    terminated: npt.NDArray[np.bool_]  # (T,) nothing comes after the step
+    ends: npt.NDArray[np.bool_]  # (T,) the last step of its episode, N of them
+    look: Look
+
+    def successors(self) -> npt.NDArray[np.int64]:
+        """`(T,)`: the number of the observation after each step."""
+        after = np.arange(1, len(self.rewards) + 1)
+        after[self.ends] = len(self.rewards) + np.arange(self.ends.sum())
+        return after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

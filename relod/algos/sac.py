@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..errors import SettingsError
-from ..seeds import random_stream
 from ..types import RawSettings, TaskSpec
-from .agent import Needs
+from .agent import Minibatches, Needs
 from .augment import gather_windows
 from .batch import Batch, Window, centre_window, crop_window, shift_window
 from .nets import ConvInit, Encoder, ensemble, mlp, squashed_log_std, tanh_log_prob
+from .state import load_tensors, module_tensors, save_tensors, torch_seed
 
 __all__ = ["SAC", "SacLearner", "SacPolicy", "SacSettings"]
 
@@ -227,9 +227,9 @@ class SacLearner:
         self._device = device
         self._target_entropy = settings.entropy_per_action * spec.action_dim
         self._generator = torch.Generator(device)
-        self._generator.manual_seed(_torch_seed(seed, "agent.noise"))
+        self._generator.manual_seed(torch_seed(seed, "agent.noise"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_torch_seed(seed, "agent.weights"))
+            torch.manual_seed(torch_seed(seed, "agent.weights"))
             self._policy = SacPolicy(spec, settings)
             inputs = self._policy.feature_dim + spec.action_dim
             self._critic = ensemble(settings.critics, inputs, settings.hidden, layer_norm=settings.layer_norm)
@@ -357,25 +357,11 @@ class SacLearner:
 
     def state(self) -> dict[str, Tensor]:
         """Copies on the CPU: networks, targets, log alpha, optimisers, noise generator, update count."""
-        tensors = {name: tensor.detach() for name, tensor in self._tensors()}
-        for name, optimizer in self._optimizers.items():
-            for index, moments in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{name}.{index}.{key}": value for key, value in moments.items()}
-        tensors["generator"] = self._generator.get_state()
-        tensors["updates"] = torch.tensor(self.updates)
-        return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        tensors = save_tensors(self._tensors(), self._optimizers)
+        return tensors | {"generator": self._generator.get_state(), "updates": torch.tensor(self.updates)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        own = dict(self._tensors())
-        wrong = [n for n, t in own.items() if n not in state or state[n].shape != t.shape]
-        if wrong:
-            hint = "use the task and agent settings of its run"
-            raise SettingsError(f"the checkpoint belongs to another network: {wrong[0]} does not fit", hint)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
-        for name, optimizer in self._optimizers.items():
-            _load_moments(optimizer, f"optimizer.{name}.", state)
+        load_tensors(self._tensors(), self._optimizers, state)
         self._generator.set_state(state["generator"])
         self.updates = int(state["updates"])
 
@@ -383,26 +369,8 @@ class SacLearner:
         modules = {"policy": self._policy, "critic": self._critic, "target_critic": self._target_critic}
         if self._settings.target_encoder:
             modules["target_encoder"] = self._target_encoder
-        for name, module in modules.items():
-            for key, tensor in module.state_dict().items():
-                yield f"{name}.{key}", tensor
+        yield from module_tensors(modules)
         yield "log_alpha", self._log_alpha
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, prefix: str, state: Mapping[str, Tensor]) -> None:
-    """Load Adam's moments, laid out in memory as their parameters are: the fused step takes that for granted."""
-    parameters: list[Tensor] = optimizer.param_groups[0]["params"]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.startswith(prefix):
-            index, key = name.removeprefix(prefix).split(".")
-            like = parameters[int(index)] if key != "step" else tensor
-            moments.setdefault(int(index), {})[key] = torch.empty_like(like).copy_(tensor).detach()
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _torch_seed(seed: int, name: str) -> int:
-    return int(random_stream(seed, name).integers(2**63))
 
 
 def _window(spec: TaskSpec, settings: SacSettings) -> Window:
@@ -422,16 +390,17 @@ class SacAlgorithm:
 
     def needs(self, spec: TaskSpec, settings: SacSettings) -> Needs:
         return Needs(
-            replay=True,
-            batch_size=settings.batch_size,
-            n_step=settings.n_step,
-            gamma=settings.gamma,
+            memory=Minibatches(
+                size=settings.batch_size,
+                n_step=settings.n_step,
+                gamma=settings.gamma,
+                update_after=min(settings.update_after, settings.init_steps),
+                max_updates_per_step=settings.max_updates_per_step,
+            ),
             window=_window(spec, settings),
             init_steps=settings.init_steps,
-            update_after=min(settings.update_after, settings.init_steps),
             init_hold=settings.init_hold,
             noise_cycles=settings.noise_cycles,
-            max_updates_per_step=settings.max_updates_per_step,
         )
 
     def build_actor(self, spec: TaskSpec, settings: SacSettings) -> SacPolicy:

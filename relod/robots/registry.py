@@ -26,7 +26,7 @@ TASKS = {
     "ur5": "relod.robots.ur5.visual_reacher:UR5_VISUAL_REACHER",
     "ur5-min-time": "relod.robots.ur5.visual_reacher:UR5_MIN_TIME",
 }
-ALGORITHMS = {"sac": "relod.algos.sac:SAC"}
+ALGORITHMS = {"ppo": "relod.algos.ppo:PPO", "sac": "relod.algos.sac:SAC"}
 
 KINDS = {"task": (TASKS, "relod.tasks"), "algorithm": (ALGORITHMS, "relod.algorithms")}  # kind -> built in, group
 

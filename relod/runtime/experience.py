@@ -221,8 +221,14 @@ def check_room(plan: LearnerPlan) -> None:
 
 def _layout(plan: LearnerPlan) -> ReplayLayout:
     spec, settings = plan.spec, plan.settings
-    lookahead = plan.algorithm.needs(spec, settings.agent).n_step
-    return ReplayLayout.for_task(spec, capacity=settings.replay.capacity, lookahead=lookahead, streams=plan.robots)
+    needs = plan.algorithm.needs(spec, settings.agent)
+    return ReplayLayout.for_task(
+        spec,
+        capacity=settings.replay.capacity,
+        lookahead=needs.lookahead,
+        streams=plan.robots,
+        extras_dim=needs.extras,
+    )
 
 
 def _open_log(plan: LearnerPlan, folder: Path, end: LogPosition | None) -> LogWriter:

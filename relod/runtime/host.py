@@ -63,6 +63,7 @@ class Opening:
 
     build_actor: Callable[[], ActorHost]
     seed: int  # of its random streams; among the robots of one learner each has another
+    between_episodes: bool = False  # newer policies are taken between episodes only, whatever the settings say
 
 
 class Events(Protocol):
@@ -256,7 +257,7 @@ class RobotHost:
                     record=plan.settings.run.record,
                     codec=plan.settings.log.codec,
                     jpeg_quality=plan.settings.log.jpeg_quality,
-                    policy_sync=plan.settings.link.policy_sync,
+                    policy_sync="episode" if opening.between_episodes else plan.settings.link.policy_sync,
                 ),
             ),
             supervisor.start(

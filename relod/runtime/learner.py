@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from ..algos.agent import Learner, policy_size
+from ..algos.agent import Learner, Rollouts, policy_size
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
 from .checkpoint import CHECKPOINTS, PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
@@ -23,7 +23,8 @@ from .experience import Experience
 from .log.format import LogPosition
 from .plan import LearnerPlan, Start
 from .policy import PolicyBox, PolicyWriter
-from .replay import ReplaySampler
+from .rollout import RolloutReader
+from .sources import open_source
 from .spans import SpanRing
 from .updates import LearnerLoop
 from .worker import NewsSender, WorkerJob, WorkerStatus, keep_freed_memory
@@ -48,6 +49,9 @@ class LearnerSide:
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
         self.experience = Experience(plan, folder, end=end)
         self.box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
+        # The same reader as the worker's tells when an update is due, for which robots have to wait.
+        self._rollouts = RolloutReader(self.experience.table) if isinstance(self.needs.memory, Rollouts) else None
+        self._forget_worker()
         self._link: socket.socket | None = None
         self._handed_over: socket.socket | None = None  # the newest worker's end, until it has been spawned
         self._epoch = 0
@@ -103,6 +107,19 @@ class LearnerSide:
         if checkpoint is not None and PUBLISHED_POLICY in checkpoint.tensors:
             policy = checkpoint.tensors[PUBLISHED_POLICY].numpy()
             PolicyWriter(self.box).publish(policy, (saved, checkpoint.counters["published"]))
+            if self._rollouts is not None:
+                self._rollouts.go_on(saved)
+
+    def hold(self) -> str:
+        """Why robots should begin no episode now; empty when they may."""
+        if self._rollouts is None:
+            return ""
+        newest = self.box.latest.newest()
+        if newest is None:
+            return "waiting for the first policy"
+        version = int(newest[1]["epoch"]), int(newest[1]["updates"])
+        assert isinstance(self.needs.memory, Rollouts)
+        return "the learner updates the policy" if self._rollouts.ready(version) >= self.needs.memory.steps else ""
 
     # -- acting --------------------------------------------------------------------------------------------------------
 
@@ -129,6 +146,7 @@ class LearnerSide:
         sender = NewsSender(ours)
 
         def send(news: bytes) -> None:
+            self._watch(news)
             try:
                 sender.send(news)
             except OSError:  # the worker died; its successor gets the whole table
@@ -136,7 +154,7 @@ class LearnerSide:
 
         self.experience.send = send
         self._epoch += 1
-        send(self.experience.writer.reissue())
+        sender.send(self.experience.writer.reissue())
         plan = self._plan
         return WorkerJob(
             algorithm=plan.algorithm_target,
@@ -178,7 +196,7 @@ class LearnerSide:
                 self._link.shutdown(socket.SHUT_WR)
             except OSError:
                 self._close_link()
-        self.experience.send = lambda news: None
+        self._forget_worker()
 
     def _close_handed_over(self) -> None:
         if self._handed_over is not None:
@@ -189,7 +207,15 @@ class LearnerSide:
         self._close_handed_over()
         if self._link is not None:
             self._link.close()
-        self._link, self.experience.send = None, lambda news: None
+        self._link = None
+        self._forget_worker()
+
+    def _forget_worker(self) -> None:
+        self.experience.send = self._watch
+
+    def _watch(self, news: bytes) -> None:
+        if self._rollouts is not None:
+            self._rollouts.apply(news)
 
     # -- learning inline, in virtual time ------------------------------------------------------------------------------
 
@@ -200,8 +226,8 @@ class LearnerSide:
         threads = settings.threads or 1
         torch.set_num_threads(threads)
         keep_freed_memory()
-        sampler = ReplaySampler(self.experience.table, threads=threads)
-        self.experience.send = sampler.apply
+        source = open_source(self.experience.table, self.needs, settings, threads=threads)
+        self.experience.send = source.memory.apply
 
         def build() -> Learner:
             device = torch.device("cpu")
@@ -211,15 +237,12 @@ class LearnerSide:
 
         return LearnerLoop(
             build(),
-            sampler,
-            self.needs,
+            source,
             epoch=1,
             seed=seed,
             publish=PolicyWriter(self.box).publish,
             publish_every_s=settings.publish_every_s,
             clock=clock,
-            update_every_steps=settings.update_every_steps,
-            max_updates_per_s=settings.max_updates_per_s,
             recover=lambda: (build(), newest_readable(self._checkpoints).checkpoint),
             say=say,
         )

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..types import EpisodeEnd, Step
 from .checkpoint import Checkpoint
 from .host import ChildSpec, Events, Opening, Result, RobotHost
 from .learner import LearnerSide
@@ -36,10 +37,19 @@ class _LocalLearning:
 
     def __init__(self, learner: LearnerSide, start: Start, record_to: Path | None, seed: int) -> None:
         self._learner, self._start, self._record_to, self._seed = learner, start, record_to, seed
-        self.add_frame, self.add = learner.add_frame, learner.add
+        self.add_frame = learner.add_frame
+        self._events: Events
+
+    def add(self, message: Step | EpisodeEnd) -> None:
+        self._learner.add(message)
+        if isinstance(message, EpisodeEnd):
+            self._events.hold(self._learner.hold())
 
     async def open(self, events: Events) -> Opening:
-        return Opening(build_actor=self._learner.actor(self._start, self._record_to), seed=self._seed)
+        self._events = events
+        events.hold(self._learner.hold())
+        build = self._learner.actor(self._start, self._record_to)
+        return Opening(build_actor=build, seed=self._seed, between_episodes=self._learner.needs.between_episodes)
 
     def children(self) -> list[ChildSpec]:
         job = self._learner.worker_job
@@ -50,6 +60,7 @@ class _LocalLearning:
 
     def poll(self) -> dict[str, dict[str, float | str]]:
         learned = self._learner.poll()
+        self._events.hold(self._learner.hold())
         return {"worker": learned} if learned else {}
 
     async def finish(self) -> None:

@@ -30,6 +30,9 @@ from .sampler import ReplaySampler
 __all__ = ["ReplayLayout", "ReplayNews", "ReplaySampler", "ReplayTable", "ReplayWriter"]
 
 
+CARRIED = ("action", "reward", "terminated", "stream", "episode", "index", "epoch", "updates", "extras")  # of a row
+
+
 @dataclass(slots=True)
 class _Chunk:
     """A chunk as its writer sees it."""
@@ -70,6 +73,9 @@ class ReplayWriter:
         assert state.chunk is not None
         record = self._table.rows[state.chunk.number, row]
         record["action"], record["reward"], record["terminated"] = step.action, step.reward, step.terminated
+        record["stream"], record["episode"], record["index"] = stream, step.episode, step.index
+        record["epoch"], record["updates"] = step.policy_version
+        record["extras"] = step.extras if step.extras.size == self._layout.extras_dim else 0.0
         self.env_steps += 1
         self._offer_complete(state, row)
         state.waiting.append((row, step.frame_ids))
@@ -167,7 +173,7 @@ class ReplayWriter:
             old = self._table.rows[state.before.number, old_row]
             row = self._write_row(state, chunk, old["proprio"], frame_ids, {})
             record = self._table.rows[chunk.number, row]
-            for name in ("action", "reward", "terminated"):
+            for name in CARRIED:
                 record[name] = old[name]
             state.waiting.append((row, frame_ids))
         self._open.discard(state.before.number)

@@ -33,11 +33,14 @@ class ReplayLayout:
     action_dim: int
     lookahead: int  # n, the longest n-step window
     frames_per_step: float  # new camera frames per action cycle
+    extras_dim: int = 0  # what the algorithm stores beside each action
     streams: int = 1
     chunk_steps: int = CHUNK_STEPS
 
     @classmethod
-    def for_task(cls, spec: TaskSpec, *, capacity: int, lookahead: int, streams: int = 1) -> ReplayLayout:
+    def for_task(
+        cls, spec: TaskSpec, *, capacity: int, lookahead: int, streams: int = 1, extras_dim: int = 0
+    ) -> ReplayLayout:
         """The layout for a task's observations."""
         per_step = min(float(spec.frames), (1 + SPARE_FRAMES) * spec.camera_fps * spec.cycle_ns / NS_PER_S)
         return cls(
@@ -49,6 +52,7 @@ class ReplayLayout:
             lookahead=lookahead,
             frames_per_step=max(1.0, per_step),
             streams=streams,
+            extras_dim=extras_dim,
         )
 
     @property
@@ -77,6 +81,13 @@ class ReplayLayout:
                 ("slots", "<u2", (self.frames,)),
                 ("terminated", "u1"),
                 ("last", "u1"),  # the episode's last step: its next row is the episode's last observation
+                # Whose step it is, by which policy.
+                ("stream", "<u2"),
+                ("episode", "<u4"),
+                ("index", "<u4"),
+                ("epoch", "<u4"),
+                ("updates", "<u4"),
+                ("extras", "<f4", (self.extras_dim,)),
             ]
         )
 

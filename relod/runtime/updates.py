@@ -13,68 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..algos.agent import Learner, Needs, flatten_policy
+from ..algos.agent import Learner, flatten_policy
 from ..errors import SafetyStop
 from ..seeds import random_stream
 from ..types import FloatArray
 from .checkpoint import PUBLISHED_POLICY, Checkpoint, Counters, first_not_finite
-from .clock import NS_PER_MS, NS_PER_S, Clock
-from .replay import ReplaySampler
+from .clock import NS_PER_S, Clock
+from .sources import Source
 
-__all__ = ["LearnerLoop", "UpdateSchedule"]
+__all__ = ["LearnerLoop"]
 
-BURST_S = 0.1  # of the rate limit: longer than an action cycle or an update, so that neither lowers the rate
 MAX_ROLLBACKS = 1  # one NaN may be bad luck; a second one means that the settings diverge
 
 Recover = Callable[[], tuple[Learner, Checkpoint | None]]
-
-
-class UpdateSchedule:
-    """How many updates may be done now. Pure: time is handed in, and all state is the integer `rate_ns`.
-
-    Per step, `updates <= per_step * (env_steps - update_after)`, where `per_step` is `max_updates_per_step` or one per
-    `update_every_steps`, whichever is less. Per second, a token bucket that holds one token and what comes in
-    `BURST_S`; `rate_ns` is when it was empty. 0 switches off either of the last two limits.
-    """
-
-    def __init__(
-        self,
-        max_updates_per_step: float,
-        update_after: int,
-        *,
-        update_every_steps: float = 0.0,
-        max_updates_per_s: float = 0.0,
-    ) -> None:
-        self.rate_ns = 0
-        self._per_step = max_updates_per_step
-        if update_every_steps > 0:
-            self._per_step = min(max_updates_per_step, 1 / update_every_steps)
-        self._update_after = update_after
-        self._token_ns = max(1, round(NS_PER_S / max_updates_per_s)) if max_updates_per_s > 0 else 0
-        self._full_ns = self._token_ns + int(BURST_S * NS_PER_S)  # what fills the bucket
-
-    def due(self, env_steps: int, updates: int, now_ns: int) -> int:
-        """How many updates may be done now."""
-        due = self._earned(env_steps, updates)
-        return min(due, (now_ns - self._empty_ns(now_ns)) // self._token_ns) if self._token_ns else due
-
-    def spend(self, now_ns: int) -> None:
-        """An update was done."""
-        if self._token_ns:
-            self.rate_ns = self._empty_ns(now_ns) + self._token_ns
-
-    def held_ns(self, env_steps: int, updates: int, now_ns: int) -> int | None:
-        """How long the rate limit holds back the next update; None when steps are what is missing."""
-        if not self._token_ns or not self._earned(env_steps, updates):
-            return None
-        return max(0, self.rate_ns + self._token_ns - now_ns)
-
-    def _earned(self, env_steps: int, updates: int) -> int:
-        earned = self._per_step * max(0, env_steps - self._update_after)
-        return max(0, int(earned + 1e-9) - updates)
-
-    def _empty_ns(self, now_ns: int) -> int:
-        return max(self.rate_ns, now_ns - self._full_ns)
 
 
 class LearnerLoop:
@@ -84,6 +35,7 @@ class LearnerLoop:
     device. At the first that is not finite the learner goes back to the newest checkpoint; at the second the run ends.
 
     Args:
+        source: what it learns from, and when.
         epoch: of the policies' versions, (epoch, update count).
         publish: called with the flat policy and its version.
         publish_every_s: least time between two policies.
@@ -97,33 +49,24 @@ class LearnerLoop:
     def __init__(
         self,
         learner: Learner,
-        sampler: ReplaySampler,
-        needs: Needs,
+        source: Source,
         *,
         epoch: int,
         seed: int,
         publish: Callable[[FloatArray, tuple[int, int]], object],
         publish_every_s: float,
         clock: Clock,
-        update_every_steps: float = 0.0,
-        max_updates_per_s: float = 0.0,
         recover: Recover | None = None,
         say: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.learner = learner
-        self.sampler = sampler
+        self.memory = source.memory
         self.epoch = epoch
         self.updates = 0
         self.published = -1  # update count of the newest published policy
         self.rollbacks = 0
         self.rng = random_stream(seed, "replay.sample")
-        self._needs = needs
-        self._schedule = UpdateSchedule(
-            needs.max_updates_per_step,
-            needs.update_after,
-            update_every_steps=update_every_steps,
-            max_updates_per_s=max_updates_per_s,
-        )
+        self._source = source
         self._publish, self._recover, self._say = publish, recover, say
         self._publish_every_ns = int(publish_every_s * NS_PER_S)
         self._published_ns = 0
@@ -132,18 +75,18 @@ class LearnerLoop:
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Publish the first policy where robots need one to act, unless there is one to go on from."""
+        if self._source.between_episodes and self.published < 0:
+            self.publish_policy()
+
     def due(self) -> int:
-        """Updates that may be done now; none while the replay is empty."""
-        if not len(self.sampler):
-            return 0
-        return self._schedule.due(self.sampler.env_steps, self.updates, self._clock.now_ns())
+        """Updates that may be done now."""
+        return self._source.due(self.updates, (self.epoch, self.published), self._clock.now_ns())
 
     def idle_ms(self, longest_ms: int) -> int:
-        """How long to wait for news when nothing is due: until the rate limit allows an update, else `longest_ms`."""
-        if not len(self.sampler):
-            return longest_ms
-        held_ns = self._schedule.held_ns(self.sampler.env_steps, self.updates, self._clock.now_ns())
-        return longest_ms if held_ns is None else min(longest_ms, math.ceil(held_ns / NS_PER_MS))
+        """How long to wait for news when nothing is due."""
+        return self._source.idle_ms(self.updates, self._clock.now_ns(), longest_ms)
 
     def run_updates(self, limit: int | None = None) -> int:
         """Do the updates that are due, at most `limit`, publishing on the way; returns how many were done."""
@@ -154,15 +97,12 @@ class LearnerLoop:
 
     def update(self) -> None:
         """One update, and a policy if it is time for one."""
-        needs = self._needs
-        batch = self.sampler.sample(
-            needs.batch_size, n_step=needs.n_step, gamma=needs.gamma, window=needs.window, rng=self.rng
-        )
-        self.learner.update(batch)
+        self.learner.update(self._source.draw((self.epoch, self.published), self.rng))
         self.updates += 1
         now_ns = self._clock.now_ns()
-        self._schedule.spend(now_ns)
-        if self.published < 0 or now_ns - self._published_ns >= self._publish_every_ns:
+        self._source.spend(now_ns)
+        wanted = self._source.between_episodes or self.published < 0
+        if wanted or now_ns - self._published_ns >= self._publish_every_ns:
             self.publish_policy()
 
     # -- what leaves ---------------------------------------------------------------------------------------------------
@@ -197,11 +137,11 @@ class LearnerLoop:
             state[PUBLISHED_POLICY] = torch.from_numpy(self._published_policy)
         counters = Counters(
             updates=self.updates,
-            env_steps=self.sampler.env_steps,
+            env_steps=self.memory.env_steps,
             epoch=self.epoch,
             published=self.published,
             published_ns=self._published_ns,
-            rate_ns=self._schedule.rate_ns,
+            rate_ns=self._source.rate_ns,
             rollbacks=self.rollbacks,
             rng=dict(self.rng.bit_generator.state),
             extra=dict(extra or {}),
@@ -232,7 +172,9 @@ class LearnerLoop:
         if PUBLISHED_POLICY in checkpoint.tensors:
             self._send(checkpoint.tensors[PUBLISHED_POLICY].numpy(), counters["published"])
         if same_clock:
-            self._published_ns, self._schedule.rate_ns = counters["published_ns"], counters["rate_ns"]
+            self._published_ns, self._source.rate_ns = counters["published_ns"], counters["rate_ns"]
+        else:
+            self._source.go_on(counters["epoch"])
 
     def _load(self, learner: Learner, checkpoint: Checkpoint) -> None:
         learner.load_state({name: t for name, t in checkpoint.tensors.items() if name != PUBLISHED_POLICY})

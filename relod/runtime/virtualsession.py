@@ -138,6 +138,8 @@ class _VirtualSession:
             self._restore(checkpoint)
         elif plan.resume is not None:
             folder.go_on(settings, {"metrics.jsonl": 0, "episodes.jsonl": 0})
+        self._loop.begin()
+        self._host.poll()
 
     def run(self) -> Result:
         """All cycles; Ctrl-C ends the run in order."""
@@ -213,7 +215,7 @@ class _VirtualSession:
         losses = loop.metrics()  # first: it may go back to an earlier update
         values: dict[str, float | str] = {
             "updates": float(loop.updates),
-            "replay_steps": float(len(loop.sampler)),
+            "replay_steps": float(len(loop.memory)),
             **{f"metric.{name}": value for name, value in losses.items()},
         }
         self.progress.learned(values)

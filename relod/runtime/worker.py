@@ -27,8 +27,9 @@ from .channel import Channel, Event, Ready
 from .checkpoint import Checkpoint, newest_readable, write_checkpoint
 from .clock import NS_PER_S, WallClock
 from .policy import PolicyBox, PolicyWriter
-from .replay import ReplaySampler, ReplayTable
+from .replay import ReplayTable
 from .rundir import is_locked
+from .sources import open_source
 from .spans import SpanRing, Stage
 from .updates import LearnerLoop
 
@@ -131,15 +132,18 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
 
     loop = LearnerLoop(
         build(),
-        ReplaySampler(job.replay, threads=threads, staged=device.type == "cuda"),
-        algorithm.needs(job.spec, job.agent),
+        open_source(
+            job.replay,
+            algorithm.needs(job.spec, job.agent),
+            job.settings,
+            threads=threads,
+            staged=device.type == "cuda",
+        ),
         epoch=_next_epoch(job),
         seed=job.seed,
         publish=PolicyWriter(job.box).publish,
         publish_every_s=job.settings.publish_every_s,
         clock=WallClock(),
-        update_every_steps=job.settings.update_every_steps,
-        max_updates_per_s=job.settings.max_updates_per_s,
         recover=lambda: (build(), _find_checkpoint(job, say)),
         say=say,
     )
@@ -182,6 +186,7 @@ class _Worker:
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Until the link ends or `stop` says so."""
+        self._loop.begin()
         while not stop() and self._drain():
             start_ns = self._clock.now_ns()
             if self._loop.run_updates(limit=1) == 0:
@@ -212,7 +217,7 @@ class _Worker:
                 return False
             if not data:
                 return False
-            self._loop.sampler.apply(data)
+            self._loop.memory.apply(data)
 
     def _write_checkpoint(self) -> None:
         self._checkpoint_ns = self._clock.now_ns()
@@ -233,8 +238,8 @@ class _Worker:
             epoch=loop.epoch,
             updates=loop.updates,
             updates_per_s=max(0, loop.updates - self._status_updates) / elapsed_s,
-            env_steps=loop.sampler.env_steps,
-            replay_steps=len(loop.sampler),
+            env_steps=loop.memory.env_steps,
+            replay_steps=len(loop.memory),
             published=loop.published,
             checkpoint_updates=self._checkpoint_updates,
             checkpoint_ns=self._written_ns,

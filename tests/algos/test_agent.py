@@ -11,6 +11,7 @@ from torch import nn
 
 from relod.algos.agent import (
     FixedPolicy,
+    Minibatches,
     Needs,
     TorchActor,
     bind_policy,
@@ -50,16 +51,11 @@ class Echo(nn.Module):
 
 def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1, noise_cycles: float = 0.0) -> Needs:
     return Needs(
-        replay=True,
-        batch_size=4,
-        n_step=1,
-        gamma=0.9,
+        memory=Minibatches(size=4, n_step=1, gamma=0.9, update_after=init_steps, max_updates_per_step=1.0),
         window=window,
         init_steps=init_steps,
-        update_after=init_steps,
         init_hold=init_hold,
         noise_cycles=noise_cycles,
-        max_updates_per_step=1.0,
     )
 
 

@@ -9,8 +9,10 @@ import torch
 
 from relod.algos.agent import flatten_policy
 from relod.algos.sac import SAC, SacLearner, SacSettings
+from relod.config import LearnerSettings
 from relod.runtime.clock import VirtualClock
-from relod.runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
+from relod.runtime.replay import ReplayLayout, ReplayTable, ReplayWriter
+from relod.runtime.sources import open_source
 from relod.runtime.updates import LearnerLoop
 from relod.types import FloatArray, Step, TaskSpec
 
@@ -83,10 +85,10 @@ class Run:
         self.published: list[tuple[int, int]] = []
         self.policies: list[FloatArray] = []
         self.said: list[str] = []
+        limits = {name: loop.pop(name) for name in ("update_every_steps", "max_updates_per_s") if name in loop}
         self.loop = LearnerLoop(
             make_learner(seed),
-            ReplaySampler(table),
-            SAC.needs(SPEC, AGENT),
+            open_source(table, SAC.needs(SPEC, AGENT), LearnerSettings(**limits)),
             epoch=epoch,
             seed=seed,
             publish=self._publish,
@@ -109,7 +111,7 @@ class Run:
 
     def pass_step(self, reward: float = -1.0) -> None:
         """A step without updates."""
-        self.loop.sampler.apply(write_steps(self.writer, self.writer.env_steps, 1, reward))
+        self.loop.memory.apply(write_steps(self.writer, self.writer.env_steps, 1, reward))
         self.clock.advance_to(self.clock.now_ns() + SPEC.cycle_ns)
 
     def weights(self) -> FloatArray:

@@ -19,7 +19,7 @@ from relod.errors import EXIT_SAFETY, SafetyStop, SettingsError
 from relod.runtime.checkpoint import PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
 from relod.runtime.clock import NS_PER_S
 from relod.runtime.replay import ReplayNews
-from relod.runtime.updates import BURST_S, UpdateSchedule
+from relod.runtime.sources import BURST_S, UpdateSchedule
 from tests.runtime.smallrun import AGENT, SPEC, Run, make_learner
 
 # -- schedule ----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_a_loop_that_waits_for_steps_is_not_woken_for_the_rate_limit():
     run.steps(10)
     assert run.loop.idle_ms(1000) == 1000
     unsampled = Run(max_updates_per_s=4.0)
-    unsampled.loop.sampler.apply(ReplayNews(chunk=0, generation=0, start=0, stop=0, env_steps=100).pack())
+    unsampled.loop.memory.apply(ReplayNews(chunk=0, generation=0, start=0, stop=0, env_steps=100).pack())
     assert unsampled.loop.idle_ms(1000) == 1000
 
 

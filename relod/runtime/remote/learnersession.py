@@ -64,6 +64,8 @@ class Server(Protocol):
 
     def tell(self, message: FromLearner) -> None: ...
 
+    def hold(self, reason: str) -> None: ...
+
     async def close(self, finished: str | None) -> None: ...
 
     def figures(self) -> dict[str, dict[str, Any]]: ...
@@ -172,8 +174,17 @@ class LearnerSession:
         if self._error is not None:
             raise SafetyStop(f"the learner has failed: {self._error.message}")
         self.learning.record(admission, message, frames)
+        if isinstance(message, EpisodeEnd):
+            self._hold()
         if self._limit and self.learning.env_steps >= self._limit:
             self._over(f"the learner's {self._limit} steps are done")
+
+    def _hold(self) -> None:
+        """Robots wait while their policy is updated, if the algorithm is of that kind."""
+        assert self.learning is not None
+        assert self._server is not None
+        if reason := self.learning.learner.hold():
+            self._server.hold(reason)
 
     async def act(
         self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
@@ -211,6 +222,7 @@ class LearnerSession:
         self.learning, self._limit = learning, limit
         assert self._server is not None
         self._server.prefer(plan.spec.image_hw)
+        self._hold()
         self.books.begin(learning, limit)
         learned = f" with its learner at update {checkpoint.counters['updates']}" if checkpoint is not None else ""
         self._say(f"going on at step {steps}{learned}" if plan.resume is not None else f"task {plan.task_name}")

@@ -49,7 +49,7 @@ def pack_policy(
 
 
 class Owed:
-    """Pongs, acks, news and a policy, in this order; answers do not pass through here."""
+    """Pongs, acks, messages, a policy, then messages that must not overtake it; answers do not pass through here."""
 
     def __init__(self, clock: Clock) -> None:
         self.acked = 0  # sequence number of the last ack handed out
@@ -58,6 +58,7 @@ class Owed:
         self._pongs: deque[tuple[int, int]] = deque(maxlen=PONGS_KEPT)
         self._ack = 0
         self._told: dict[type[FromLearner], bytes] = {}
+        self._told_last: dict[type[FromLearner], bytes] = {}
         self._policy: PackedPolicy | None = None  # on its way
         self._part = 0
         self._newest: PackedPolicy | None = None
@@ -70,9 +71,11 @@ class Owed:
         """All records up to `seq` are in the log; acks not handed out yet become one."""
         self._ack = seq
 
-    def tell(self, kind: type[FromLearner], packed: bytes) -> None:
-        """A message; one of the same kind that still waits is dropped."""
-        self._told[kind] = packed
+    def tell(self, kind: type[FromLearner], packed: bytes, *, last: bool = False) -> None:
+        """A message, at once or when the newest policy is handed out; one of its kind that still waits is dropped."""
+        self._told.pop(kind, None)
+        self._told_last.pop(kind, None)
+        (self._told_last if last else self._told)[kind] = packed
 
     def offer(self, policy: PackedPolicy) -> None:
         """A newer policy. One that is on its way is finished first: else a slow link would never get a whole one."""
@@ -90,7 +93,9 @@ class Owed:
             return self._told.pop(next(iter(self._told)))
         if self._policy is None:
             self._policy, self._newest, self._part = self._newest, None, 0
-        return self._next_part(self._policy) if self._policy is not None else None
+        if self._policy is not None:
+            return self._next_part(self._policy)
+        return self._told_last.pop(next(iter(self._told_last))) if self._told_last else None
 
     def _next_part(self, policy: PackedPolicy) -> bytes:
         part = policy.parts[self._part]

@@ -22,7 +22,6 @@ from ...errors import LinkLost, RelodError, SettingsError, StartError
 from ...robots import registry
 from ...robots.vision import make_shrink
 from ...types import EpisodeEnd, Frame, Step
-from ..control import ActorHost
 from ..host import ChildSpec, Events, Opening, Result, RobotHost
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
@@ -124,8 +123,9 @@ class _RemoteLearning:
                 "agent": welcome.agent,
             }
         )
-        build = AskingHost if self._acts == "learner" else self._build_actor(welcome)
-        return Opening(build_actor=build, seed=welcome.seed)
+        if self._acts == "learner":
+            return Opening(build_actor=AskingHost, seed=welcome.seed)
+        return self._open_actor(welcome)
 
     async def _url(self, remote: Remote) -> str:
         """Where to connect to: the learner, or a relay that makes the link worse."""
@@ -141,7 +141,7 @@ class _RemoteLearning:
         )
         return f"ws://{host}:{port}"
 
-    def _build_actor(self, welcome: Welcome) -> Callable[[], ActorHost]:
+    def _open_actor(self, welcome: Welcome) -> Opening:
         """The actor with the learner's settings, and the box that its policies go into."""
         from ...algos.agent import find_algorithm, policy_size
         from ..acting import BoxActor
@@ -162,7 +162,7 @@ class _RemoteLearning:
         self._publish = PolicyWriter(box).publish
         if welcome.has_policy:
             self._hold("policy", "waiting for the learner's policy")
-        return BoxActor(
+        build = BoxActor(
             algorithm=target,
             spec=spec,
             settings=agent,
@@ -171,6 +171,8 @@ class _RemoteLearning:
             start=replace(self._start, step=welcome.env_steps),
             record_to=None,
         )
+        needs = algorithm.needs(spec, agent)
+        return Opening(build_actor=build, seed=welcome.seed, between_episodes=needs.between_episodes)
 
     def children(self) -> Sequence[ChildSpec]:
         """None: the worker is the learner's."""

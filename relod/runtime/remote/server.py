@@ -38,6 +38,7 @@ from .wire import (
     Challenge,
     Finished,
     FromLearner,
+    Hold,
     Join,
     pack,
 )
@@ -83,6 +84,7 @@ class LearnerServer:
         self._complaints, self._complained_ns = 0, -COMPLAIN_EVERY_NS
         self._told: dict[type[FromLearner], bytes] = {}  # the newest of each kind, for those who come later
         self._policy: PackedPolicy | None = None
+        self._holding = False
         self._unpacked: tuple[npt.NDArray[np.float32], tuple[int, int]] | None = None
         self._published, self._changed = asyncio.Event(), asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -136,11 +138,19 @@ class LearnerServer:
         self._unpacked = (values.copy(), version)
         self._published.set()
 
-    def tell(self, message: FromLearner) -> None:
-        """Send a message to all robots, and to those that come later; a newer one of its kind takes its place."""
+    def tell(self, message: FromLearner, *, last: bool = False) -> None:
+        """Send a message to all robots, and to those that come later; a newer one of its kind takes its place.
+
+        `last`: after the newest policy.
+        """
         packed = self._told[type(message)] = pack(message)
         for session in self._sessions.values():
-            session.tell(type(message), packed)
+            session.tell(type(message), packed, last=last)
+
+    def hold(self, reason: str) -> None:
+        """Have all robots, also those that come later, begin no episode until they have the next policy."""
+        self._holding = True
+        self.tell(Hold(reason=reason))
 
     async def close(self, finished: str | None, *, wait_s: float = 10.0) -> None:
         """Stop serving; nobody calls the hall afterwards.
@@ -418,3 +428,6 @@ class LearnerServer:
             self._policy = policy
             for session in self._sessions.values():
                 session.offer(policy)
+            if self._holding:
+                self._holding = False
+                self.tell(Hold(reason=""), last=True)

@@ -163,9 +163,9 @@ class RobotSession:
             self.owed.offer(policy)
             self._wake.set()
 
-    def tell(self, kind: type[FromLearner], packed: bytes) -> None:
-        """Send a message; one of the same kind that still waits is dropped."""
-        self.owed.tell(kind, packed)
+    def tell(self, kind: type[FromLearner], packed: bytes, *, last: bool = False) -> None:
+        """Send a message, at once or after the newest policy; one of its kind that still waits is dropped."""
+        self.owed.tell(kind, packed, last=last)
         self._wake.set()
 
     def retire(self) -> None:
