@@ -141,10 +141,11 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def _print_table(document: dict[str, Any]) -> None:
     """A line for each value; lists of sentences get one for each of theirs."""
+    width = max(16, *(len(name) + 2 for name in document))
     for name, value in document.items():
         lines = value if isinstance(value, list) else [value]
         for line in lines or ["none"]:
-            print(f"{name:16}{line}")
+            print(f"{name:{width}}{line}")
 
 
 @app.callback(invoke_without_command=True)
@@ -303,6 +304,52 @@ def learner(
             arguments=tuple(sys.argv[1:]),
         )
     )
+    _end_run(result, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.", metavar="RUN")],
+    episodes: Annotated[int, typer.Option(min=1, help="Whole episodes to see.")] = 10,
+    stochastic: Annotated[
+        bool, typer.Option("--stochastic", help="With the policy's own noise, as it learned; without it otherwise.")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="The task, for the run of a learner elsewhere.")] = None,
+    robot: RobotOption = None,
+    camera: CameraOption = None,
+    allow_mixed: MixedOption = False,
+    world: Annotated[str | None, typer.Option(help="ideal, nominal or harsh; the run's if not given.")] = None,
+    clock: Annotated[
+        str | None, typer.Option(help="virtual or wall. Default: virtual, and wall for a real robot.")
+    ] = None,
+    seed: SeedOption = 1000,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a run's newest policy act: mean return with its confidence, a video and a picture of each episode."""
+    from .runtime.evaluation import EvalRequest
+    from .runtime.evaluation import evaluate as run_evaluation
+
+    result = run_evaluation(
+        EvalRequest(
+            run=run,
+            episodes=episodes,
+            stochastic=stochastic,
+            task=task,
+            robot=robot,
+            camera=camera,
+            allow_mixed=allow_mixed,
+            world=world,
+            clock=clock,
+            seed=seed,
+            environment=dict(os.environ),
+            assignments=tuple(assignments or ()),
+            arguments=tuple(sys.argv[1:]),
+        )
+    )
+    if not as_json and result.summary.get("mean_return") is not None:
+        names = ("episodes", "successes", "mean_return", "mean_return_low", "mean_return_high", "run_dir")
+        _print_table({name: result.summary[name] for name in names})
     _end_run(result, as_json)
 
 

@@ -197,18 +197,24 @@ class Bench:
 SMALL = (
     *("task.camera_height=24", "task.camera_width=32", "task.image_height=24", "task.image_width=32"),
     *("task.frames=2", "task.episode_s=2", "task.reset_max_speed_mm_s=250"),
-    *("agent.init_steps=40", "agent.batch_size=8", "agent.conv_channels=4", "agent.conv_strides=[2,1]"),
-    *("agent.hidden=[16]", "agent.shift_px=1", "learner.threads=1", "replay.capacity=1024"),
+    *("agent.conv_channels=4", "agent.conv_strides=[2,1]", "agent.hidden=[16]", "agent.shift_px=1"),
+    *("learner.threads=1", "replay.capacity=1024"),
 )
+SMALL_AGENTS = {
+    "sac": ("agent.init_steps=40", "agent.batch_size=8"),
+    "ppo": ("agent.rollout_steps=80", "agent.minibatch=16", "agent.epochs=2"),
+}
 
 
-def small_request(folder: Path, *assignments: str, seed: int = 0, steps: int = 150, **fields: Any) -> Request:
+def small_request(
+    folder: Path, *assignments: str, seed: int = 0, steps: int = 150, algorithm: str = "sac", **fields: Any
+) -> Request:
     """A request for a short virtual run of Create-Reacher on tiny images and networks, recorded in `folder`."""
     request = Request(
         task="create",
         mode="local-only",
-        algorithm="sac",
-        preset="sac-lite",
+        algorithm=algorithm,
+        preset=f"{algorithm}-lite",
         profile=None,
         robot=None,
         camera=None,
@@ -218,7 +224,7 @@ def small_request(folder: Path, *assignments: str, seed: int = 0, steps: int = 1
         resume=None,
         config=None,
         environment={},
-        assignments=(*SMALL, f"run.folder={folder}", *assignments),
+        assignments=(*SMALL, *SMALL_AGENTS.get(algorithm, ()), f"run.folder={folder}", *assignments),
         overrides={"run.seed": seed, "run.steps": steps},
         arguments=("robot",),
     )

@@ -26,8 +26,8 @@ class Killed(BaseException):
     """What no handler catches, as nothing is when a process is killed."""
 
 
-def start(folder: Path, *assignments: str, steps: int = STEPS) -> Request:
-    return small_request(folder, *QUICK, *assignments, seed=4, steps=steps)
+def start(folder: Path, *assignments: str, steps: int = STEPS, algorithm: str = "sac") -> Request:
+    return small_request(folder, *QUICK, *assignments, seed=4, steps=steps, algorithm=algorithm)
 
 
 def go_on(folder: Path, *assignments: str, **fields) -> Request:
@@ -106,6 +106,23 @@ def test_killed_and_resumed_is_never_killed(whole, tmp_path, monkeypatch, ticks)
     assert result.summary["steps"] == STEPS
     assert result.summary["returns"] == [line["return"] for line in whole["episodes"]]
     assert content(run_folder(tmp_path)) == whole
+
+
+@pytest.mark.slow
+def test_with_rollouts_too(tmp_path, monkeypatch):
+    assert run_robot(start(tmp_path / "whole", algorithm="ppo")).exit_code == 0
+    whole = content(run_folder(tmp_path / "whole"))
+    request = start(tmp_path / "killed", algorithm="ppo")
+    for tick in (60, 150, 290):  # within a rollout each
+        with monkeypatch.context() as patch:
+            kill_at(patch, tick)
+            with pytest.raises(Killed):
+                run_robot(request)
+        request = go_on(run_folder(tmp_path / "killed"))
+    result = run_robot(request)
+    assert result.exit_code == 0
+    assert result.summary["updates"] >= 3
+    assert content(run_folder(tmp_path / "killed")) == whole
 
 
 @pytest.mark.slow

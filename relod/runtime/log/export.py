@@ -16,6 +16,7 @@ from ...robots.vision import cv2
 from ...types import EpisodeEnd, Step
 from ..clock import NS_PER_S
 from ..rundir import disk_errors
+from ..video import Video
 from .format import LogSpec
 from .reader import LogReader, find_log
 from .walk import LogRecord, StoredFrames
@@ -135,17 +136,13 @@ class _Pictures:
 
 class _Video:
     def __init__(self, path: Path, spec: LogSpec) -> None:
-        height, width = spec.image_hw
-        code = cv2.VideoWriter.fourcc(*"mp4v")
-        self._writer = cv2.VideoWriter(str(path), code, NS_PER_S / spec.cycle_ns, (width, height))
-        if not self._writer.isOpened():
-            raise StartError(f"{path} cannot be written as MP4", "use --frames png; this OpenCV may lack FFmpeg")
+        self._video = Video(path, spec.image_hw, NS_PER_S / spec.cycle_ns)
 
     def add(self, frame_ids: tuple[int, ...], frames: StoredFrames) -> None:
-        self._writer.write(frames[frame_ids[-1]])
+        self._video.add(frames[frame_ids[-1]])
 
     def close(self) -> None:
-        self._writer.release()
+        self._video.close()
 
 
 class _Stretch:
