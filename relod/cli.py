@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -603,6 +603,62 @@ def modes(as_json: JsonOption = False) -> None:
             print(f"  {title:12}{what}")
         for title, names in (("on robot", row["on_robot"]), ("on learner", row["on_learner"])):
             print(f"  {title:12}{', '.join(names) or 'nothing'}")
+
+
+@app.command()
+def tasks(as_json: JsonOption = False) -> None:
+    """The tasks that are installed: relod's own, and those of other packages."""
+    from .runtime.listing import list_tasks
+
+    def line(row: dict[str, Any]) -> str:
+        images = "x".join(map(str, row["images"]))
+        return f"{row['robot']}, every {row['cycle_ms']:g} ms, images {images}, {len(row['actions'])} actions"
+
+    _print_rows("tasks", list_tasks(), line, as_json)
+
+
+@app.command()
+def algos(as_json: JsonOption = False) -> None:
+    """The algorithms that are installed: relod's own, and those of other packages."""
+    from .runtime.listing import list_algorithms
+
+    _print_rows("algorithms", list_algorithms(), lambda row: f"presets {', '.join(row['presets'])}", as_json)
+
+
+def _print_rows(name: str, rows: list[dict[str, Any]], line: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    if as_json:
+        _print_json({name: rows})
+        return
+    width = max(len(row["name"]) for row in rows) + 2
+    for row in rows:
+        told = f"cannot be used: {row['error']}" if row["error"] else line(row)
+        print(f"{row['name']:{width}}{told}\n{'':{width}}{row['target']}")
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
+    as_json: JsonOption = False,
+) -> None:
+    """The runs in a folder and their state: running, ended, or interrupted and able to go on."""
+    from .runtime.listing import list_runs
+
+    rows = list_runs(folder)
+    if as_json:
+        _print_json({"runs": rows})
+        return
+    lines = [["run", "state", "task", "mode", "preset", "episodes", "minutes", "mean of last 20"]]
+    for row in rows:
+        state = f"{row['state']}, exit code {row['exit_code']}" if row.get("exit_code") else row["state"]
+        names = ("task", "mode", "preset", "episodes", "experience_minutes", "mean_return_of_last_20")
+        lines.append([Path(row["run"]).name, state, *("" if (v := row.get(n)) is None else str(v) for n in names)])
+    _print_columns(lines)
+
+
+def _print_columns(lines: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @app.command()

@@ -20,6 +20,7 @@ from ..types import EpisodeEnd, FloatArray, Frame, Image, Step, TaskSpec
 from .acting import warm_up
 from .checkpoint import CHECKPOINTS, newest_readable
 from .clock import NS_PER_S
+from .curve import bootstrap_interval
 from .cycle import Cycle
 from .host import ChildSpec, Events, Opening, Result, RobotHost
 from .messages import Asked
@@ -32,13 +33,12 @@ from .session import finish, new_spans, open_folder
 from .video import Video, write_strip
 from .virtual import VirtualRun
 
-__all__ = ["EvalRequest", "evaluate", "interval"]
+__all__ = ["EvalRequest", "evaluate"]
 
 MODE = "evaluation"
 PLACES = {MODE: Place(acts_here=True, learns_here=True)}
 # The run's settings but for its length; nothing is learned.
 SHORT = {"run.steps": 0, "run.minutes": 0.0, "run.record": False, "replay.capacity": 512}
-RESAMPLES = 10_000
 NO_WARM_UP = 1 << 62  # steps done: the actions are the policy's own from the first one on
 
 
@@ -318,9 +318,11 @@ def _run_virtual(plan: Plan, folder: RunFolder, watching: _Watching) -> Result:
 
 
 def _figures(ends: Sequence[EpisodeEnd]) -> dict[str, Any]:
-    """Returns and successes of the whole episodes."""
+    """Returns and successes of the whole episodes; the mean's 95 % interval where there are several."""
     returns = [end.return_ for end in ends]
-    low, high = interval(returns)
+    low, high = (None, None)
+    if len(returns) > 1:
+        low, high = (float(end[0]) for end in bootstrap_interval(np.array(returns)[:, None]))
     return {
         "episodes": len(ends),
         "returns": returns,
@@ -330,13 +332,3 @@ def _figures(ends: Sequence[EpisodeEnd]) -> dict[str, Any]:
         "mean_return_low": low,
         "mean_return_high": high,
     }
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % bootstrap interval of the mean (percentiles of 10,000 resamples, always the same); None of fewer than 2."""
-    if len(values) < 2:
-        return None, None
-    rng = np.random.default_rng(0)
-    means = np.array(values)[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

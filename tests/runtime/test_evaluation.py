@@ -9,7 +9,7 @@ import pytest
 
 from relod.errors import SettingsError, StartError
 from relod.robots.vision import cv2
-from relod.runtime.evaluation import EvalRequest, evaluate, interval
+from relod.runtime.evaluation import EvalRequest, evaluate
 from relod.runtime.modes import run_robot
 from tests.fakes import small_request
 
@@ -76,10 +76,3 @@ def test_a_learners_run_needs_the_task(run, tmp_path):
     (there / "settings.toml").write_bytes((run / "settings.toml").read_bytes())
     with pytest.raises(SettingsError, match=r"is a learner's run.*name it with --task"):
         evaluate(EvalRequest(run=there, episodes=1))
-
-
-def test_intervals_are_of_the_mean():
-    assert interval([1.0]) == (None, None)
-    low, high = interval([0.0, 1.0] * 50)
-    assert 0.39 < low < 0.43
-    assert 0.57 < high < 0.61
