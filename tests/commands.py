@@ -167,9 +167,16 @@ class Run(Command):
 class Learner(Command):
     """`relod learner`; on a free port of the loopback unless it is told otherwise."""
 
-    def __init__(self, folder: Path, *arguments: str, listen: str = "127.0.0.1:0", **options: Any) -> None:
-        quick = () if "--resume" in arguments else QUICK_LEARNER
-        super().__init__(folder, "learner", "--listen", listen, *quick, *arguments, **options)
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        listen: str = "127.0.0.1:0",
+        quick: Sequence[str] = QUICK_LEARNER,
+        **options: Any,
+    ) -> None:
+        settings = () if "--resume" in arguments else quick
+        super().__init__(folder, "learner", "--listen", listen, *settings, *arguments, **options)
         self.url = self.wait_for_message("listening at").split()[-1]
 
     def wait_for_updates(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import signal
 import time
@@ -12,7 +14,7 @@ import pytest
 from relod.runtime.log.reader import LogReader, find_log
 from relod.runtime.modes import MODES
 from relod.types import Step
-from tests.commands import QUICK_ROBOT, Run, children, learner, relod, resumed, robot
+from tests.commands import QUICK_LEARNER, QUICK_ROBOT, Run, children, learner, relod, resumed, robot
 from tests.namespaces import LEARNER_ADDRESS, cable
 from tests.runtime.remote.certificates import LOCAL_CERT, LOCAL_KEY
 
@@ -58,6 +60,61 @@ def test_a_robot_and_a_learner(tmp_path: Path, mode: str) -> None:
         assert (taught["steps"], taught["robots"]["arm"]["steps"]) == (150, 150)
         assert taught["updates"] > 0
         audited(tmp_path, run, tmp_path / taught["run_dir"])
+
+
+QUICK_PPO = tuple(
+    word
+    for setting in (
+        *("agent.rollout_steps=60", "agent.epochs=1", "agent.hidden=[32]", "agent.conv_channels=8"),
+        *("replay.capacity=2000", "run.metrics_every_s=0.25"),
+    )
+    for word in ("--set", setting)
+)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_a_rollout_is_of_one_policy_in_every_mode(tmp_path: Path, mode: str) -> None:
+    """The robot waits for each update, and an episode is acted by one policy."""
+    short = ("--task", "track", "--algo", "ppo", "--steps", "200", "--set", "task.episode_steps=30")
+    with contextlib.ExitStack() as stack:
+        if mode == "local-only":
+            run = stack.enter_context(robot(tmp_path, *short, quick=QUICK_PPO))
+            assert run.wait() == 0, run.messages()
+            updates, folder = run.result()["updates"], tmp_path / run.result()["run_dir"]
+        else:
+            teacher = stack.enter_context(learner(tmp_path, "--algo", "ppo", name="-learner", quick=QUICK_PPO))
+            run = stack.enter_context(robot(tmp_path, *distant(teacher.url, mode, *short), quick=()))
+            assert run.wait() == 0, run.messages()
+            teacher.process.send_signal(signal.SIGINT)
+            assert teacher.wait() == 130, teacher.messages()
+            updates, folder = teacher.result()["updates"], tmp_path / teacher.result()["run_dir"]
+            audited(tmp_path, run, folder)
+    episodes: dict[int, list[tuple[int, int]]] = {}
+    for record in LogReader(find_log(folder)).iterate():
+        if isinstance(record.message, Step):
+            episodes.setdefault(record.message.episode, []).append(record.message.policy_version)
+    assert all(len(set(versions)) == 1 for versions in episodes.values())
+    acted = [versions[0][1] for versions in episodes.values()]  # two episodes of 30 steps are a rollout
+    assert acted == [episode // 2 for episode in range(len(acted))]
+    assert updates in (3, 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rtde_control") is None, reason="no ur_rtde here")
+@pytest.mark.parametrize("mode", list(MODES))
+def test_the_ur5_in_every_mode(tmp_path: Path, mode: str) -> None:
+    with contextlib.ExitStack() as stack:
+        arguments: tuple[str, ...] = ("--task", "ur5", "--steps", "110")
+        if mode == "local-only":
+            run = stack.enter_context(robot(tmp_path, *arguments, quick=QUICK_LEARNER))
+        else:
+            teacher = stack.enter_context(learner(tmp_path, name="-learner"))
+            run = stack.enter_context(robot(tmp_path, *distant(teacher.url, mode, *arguments), quick=()))
+        assert run.wait() == 0, run.messages()
+        result = run.result()
+    assert (result["steps"], result["episodes"], result["stopped_cleanly"]) == (110, 2, True)
+    assert result["lengths"][0] == 100
+    log = [json.loads(line) for line in (tmp_path / result["run_dir"] / "wheels.jsonl").read_text().splitlines()]
+    assert log, "the arm never moved"
 
 
 @pytest.mark.parametrize("mode", list(MODES))

@@ -38,16 +38,16 @@ class _LocalLearning:
     def __init__(self, learner: LearnerSide, start: Start, record_to: Path | None, seed: int) -> None:
         self._learner, self._start, self._record_to, self._seed = learner, start, record_to, seed
         self.add_frame = learner.add_frame
-        self._events: Events
+        self._events: Events | None = None  # from the opening on
 
     def add(self, message: Step | EpisodeEnd) -> None:
         self._learner.add(message)
         if isinstance(message, EpisodeEnd):
-            self._events.hold(self._learner.hold())
+            self._hold()
 
     async def open(self, events: Events) -> Opening:
         self._events = events
-        events.hold(self._learner.hold())
+        self._hold()
         build = self._learner.actor(self._start, self._record_to)
         return Opening(build_actor=build, seed=self._seed, between_episodes=self._learner.needs.between_episodes)
 
@@ -60,8 +60,13 @@ class _LocalLearning:
 
     def poll(self) -> dict[str, dict[str, float | str]]:
         learned = self._learner.poll()
-        self._events.hold(self._learner.hold())
+        self._hold()
         return {"worker": learned} if learned else {}
+
+    def _hold(self) -> None:
+        """Robots wait while their policy is updated, if the algorithm is of that kind."""
+        if self._events is not None:
+            self._events.hold(self._learner.hold())
 
     async def finish(self) -> None:
         self._learner.finish()
