@@ -45,7 +45,7 @@ curves: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,plots,gym]"
 	touch $(STAMP)
 
 clean:

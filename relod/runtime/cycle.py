@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -144,6 +144,12 @@ class Cycle:
         self._answered_ns, self._unanswered = asked_ns, 0
         return self._take(action, now_ns)
 
+    def cut(self, reason: str) -> Tick:
+        """End the episode now, and go on with a reset; the step in flight has no outcome and is dropped."""
+        end = self._close(self._observation, terminated=False, success=False, reason=reason)
+        self.phase = Phase.HOLDING
+        return self._stand(Phase.HOLDING, end=end)
+
     def interrupt(self, reason: str) -> Tick:
         """End the run now. The step in flight has no outcome and is dropped; its observation closes the episode."""
         end = self._close(self._observation, terminated=False, success=False, reason=reason)
@@ -236,9 +242,8 @@ class Cycle:
         return self._limited(self._task.command(self._action.values, self._window), self._limits)
 
     def _interrupted(self, trouble: str) -> Tick:
-        end = self._close(self._observation, terminated=False, success=False, reason=trouble)
-        self.phase = Phase.HOLDING
-        return self._stand(Phase.HOLDING, end=end, event=f"{trouble}: the robot stands until it is well again")
+        tick = self.cut(trouble)
+        return replace(tick, event=f"{trouble}: the robot stands until it is well again")
 
     def _close(self, last: Observation | None, *, terminated: bool, success: bool, reason: str) -> EpisodeEnd | None:
         """The episode's end, or None when no step of it was completed."""

@@ -29,6 +29,7 @@ __all__ = [
     "Place",
     "Request",
     "choose_preset",
+    "hardware",
     "make_plan",
     "one_of",
     "resumed_settings",
@@ -104,7 +105,7 @@ def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge 
     names = {name: _chosen(request, name, before) for name in (*DEFAULTS, "preset")}
     place = places[one_of(names["mode"], tuple(places), "mode")]
     one_of(names["clock"], CLOCKS, "clock")
-    robot, camera = _hardware(request, names["clock"], before)
+    robot, camera = hardware(request, names["clock"], before)
     entry = registry.task(names["task"])
     remote = _remote(request, names, place, entry)
     algorithm = registry.algorithm(names["algorithm"]) if place.learns_here else None
@@ -294,7 +295,7 @@ def resumed_settings(
     return settings
 
 
-def _hardware(request: Request, clock: str, before: _Before | None) -> tuple[str | None, str | None]:
+def hardware(request: Request, clock: str, before: _Before | None) -> tuple[str | None, str | None]:
     """Robot and camera as named, None for simulated; never a mixture unless it was asked for."""
     robot = request.robot
     camera = None if request.camera == "sim" else request.camera

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..types import Command, Frame, SensorWindow, TaskSpec
 from .clock import NS_PER_MS, VirtualClock
 from .cycle import Cycle, Inputs, Phase, Tick
 
-__all__ = ["VirtualRun", "World"]
+__all__ = ["WRITE_NS", "Senses", "VirtualRun", "World"]
 
 WRITE_NS = 2 * NS_PER_MS  # deadline to the command's last byte on the wire; about the median on the wall clock
 
@@ -40,16 +39,15 @@ class World(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Senses:
+class Senses:
     """What the rings hold on the wall clock."""
 
-    spec: TaskSpec
-    sensor_names: tuple[str, ...]
-    packets: deque[tuple[int, int, npt.NDArray[Any]]]
-    frames: deque[Frame]
-    packet_seq: int = 0
-    frame_id: int = 0
+    def __init__(self, spec: TaskSpec, sensor_names: tuple[str, ...]) -> None:
+        self.sensor_names = sensor_names
+        self.packets: deque[tuple[int, int, npt.NDArray[Any]]] = deque(maxlen=spec.sensor_window)
+        self.frames: deque[Frame] = deque(maxlen=spec.frames)
+        self.packet_seq = 0
+        self.frame_id = 0
 
     def take(self, packets: list[tuple[int, npt.NDArray[Any]]], frames: list[SimFrame]) -> list[Frame]:
         """Add what arrived; returns the new frames."""
@@ -71,6 +69,7 @@ class _Senses:
         return new
 
     def inputs(self) -> Inputs:
+        """What a cycle is given."""
         count = len(self.packets)
         window = SensorWindow(
             names=self.sensor_names,
@@ -104,7 +103,7 @@ class VirtualRun:
         self.clock = VirtualClock()
         self._cycle, self._world, self._spec = cycle, world, spec
         self._on_frames, self._on_tick = on_frames, on_tick
-        self._senses = _Senses(spec, sensor_names, deque(maxlen=spec.sensor_window), deque(maxlen=spec.frames))
+        self._senses = Senses(spec, sensor_names)
         self._deadline_ns = self.clock.now_ns()
 
     def ticks(self) -> Iterator[Tick]:
