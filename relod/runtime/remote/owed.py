@@ -73,9 +73,9 @@ class Owed:
 
     def tell(self, kind: type[FromLearner], packed: bytes, *, last: bool = False) -> None:
         """A message, at once or when the newest policy is handed out; one of its kind that still waits is dropped."""
-        self._told.pop(kind, None)
-        self._told_last.pop(kind, None)
-        (self._told_last if last else self._told)[kind] = packed
+        told, other = (self._told_last, self._told) if last else (self._told, self._told_last)
+        other.pop(kind, None)
+        told[kind] = packed
 
     def offer(self, policy: PackedPolicy) -> None:
         """A newer policy. One that is on its way is finished first: else a slow link would never get a whole one."""

@@ -57,6 +57,26 @@ def test_what_is_urgent_does_not_wait_for_the_rest_of_a_policy() -> None:
     assert [type(head) for head in heads(owed)] == [Ack, PolicyPart]
 
 
+def test_what_must_not_overtake_the_policy_comes_after_it() -> None:
+    owed = new_owed()
+    owed.offer(policy(1))
+    owed.tell(Hold, pack(Hold(reason="")), last=True)
+    owed.ack(1)
+    given = heads(owed)
+    assert [type(head) for head in given] == [Ack, PolicyPart, PolicyPart, Hold]
+    assert heads(owed) == []
+
+
+def test_the_newer_of_two_messages_of_a_kind_is_kept_whenever_it_is_to_come() -> None:
+    owed = new_owed()
+    owed.tell(Hold, pack(Hold(reason="first")))
+    owed.tell(Hold, pack(Hold(reason="")), last=True)
+    assert heads(owed) == [Hold(reason="")]
+    owed.tell(Hold, pack(Hold(reason="")), last=True)
+    owed.tell(Hold, pack(Hold(reason="second")))
+    assert heads(owed) == [Hold(reason="second")]
+
+
 def test_acks_become_one() -> None:
     owed = new_owed()
     for seq in range(1, 5):

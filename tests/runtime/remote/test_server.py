@@ -298,6 +298,26 @@ def test_what_all_are_told_newcomers_are_told_too() -> None:
     play(scene)
 
 
+def test_robots_wait_until_they_have_the_next_policy() -> None:
+    async def scene() -> None:
+        async with learner() as at, at.robot() as robot, at.robot(robot="asks", run=OTHER_RUN, acts="learner") as asks:
+            at.server.hold("the learner updates")
+            for each in (robot, asks):
+                assert (await each.get(wire.Hold)).reason == "the learner updates"
+            async with at.robot(robot="late", run="2" * 32) as late:
+                assert (await late.get(wire.Hold)).reason == "the learner updates"
+            at.server.publish(np.ones(100_000, np.float32), (1, 1))
+            assert (await robot.policy())[0] == (1, 1)
+            for each in (robot, asks):
+                assert (await each.get(wire.Hold)).reason == ""
+            at.server.publish(np.ones(100_000, np.float32), (1, 2))
+            assert (await robot.policy())[0] == (1, 2)
+            await robot.send(wire.Ping(sent_ns=0))
+            assert isinstance((await robot.receive())[0], wire.Pong)  # nothing is lifted that does not hold
+
+    play(scene)
+
+
 # -- access ------------------------------------------------------------------------------------------------------------
 
 
