@@ -1,4 +1,4 @@
-"""Algorithms from other packages: what the documentation builds is installed as it stands there, and run."""
+"""Algorithms and robots of other packages: what the documentation builds is installed as it stands there, and run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,34 @@ def blocks(page: Path) -> dict[str, list[str]]:
     return found
 
 
+def install(source: Path, site: Path) -> dict[str, str]:
+    """An environment in which that package is installed."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=120)
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """An environment in which the page's package is installed."""
+    """With the algorithm of the page."""
     source, site = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("site")
     code = blocks(DOCS / "algos" / "write-your-own.md")
     (source / "pyproject.toml").write_text(code["toml"][0])
     (source / "relod_ddpg.py").write_text(code["python"][0])
     (source / "test_ddpg.py").write_text(code["python"][1])
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(site), str(source)], check=True, timeout=120)
-    return {**os.environ, "PYTHONPATH": str(site), "CONTRACT": str(source / "test_ddpg.py")}
+    return {**install(source, site), "CONTRACT": str(source / "test_ddpg.py")}
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory) -> dict[str, str]:
+    """With the robot of the page."""
+    source, site = tmp_path_factory.mktemp("rig"), tmp_path_factory.mktemp("site")
+    code = blocks(DOCS / "robots" / "add-your-own.md")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-ec", code["sh"][0]], cwd=source, env={**os.environ, "PATH": path}, check=True)
+    (source / "pyproject.toml").write_text(code["toml"][0])
+    (source / "test_rig.py").write_text(code["python"][0])
+    return {**install(source, site), "CONTRACT": str(source / "test_rig.py")}
 
 
 def relod(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,17 +78,34 @@ def test_an_installed_algorithm_is_listed(environment):
     assert (row["target"], row["presets"], row["error"]) == ("relod_ddpg:DDPG", ["ddpg"], "")
 
 
-@pytest.mark.slow
-def test_an_installed_algorithm_passes_the_contract(environment):
+def contract(environment: dict[str, str], *arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, environment["CONTRACT"]],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [*command, environment["CONTRACT"]], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_installed_algorithm_passes_the_contract(environment):
+    contract(environment)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_an_installed_robot_passes_the_contract(rig):
+    contract(rig, "-k", "not commissioning")
+
+
+@pytest.mark.slow
+def test_an_installed_robot_is_listed_and_driven(rig, tmp_path):
+    (row,) = [row for row in json.loads(relod(rig, "tasks", "--json").stdout)["tasks"] if row["name"] == "my-rig"]
+    assert (row["target"], row["robot"], row["error"]) == ("my_rig.task:TRACK", "rig", "")
+    sets = [word for setting in ("task.episode_steps=30", f"run.folder={tmp_path}") for word in ("--set", setting)]
+    done = relod(rig, "robot", "--task", "my-rig", "--steps", "60", "--json", *sets)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["stopped_cleanly"] is True
 
 
 @pytest.mark.slow
