@@ -322,7 +322,9 @@ def evaluate(
     clock: Annotated[
         str | None, typer.Option(help="virtual or wall. Default: virtual, and wall for a real robot.")
     ] = None,
-    seed: SeedOption = 1000,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of another simulated world than the one that was learned in.")
+    ] = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,8 +1,8 @@
 """relod's tasks as Gymnasium environments. Needs `pip install relod[gym]`; importing this registers them.
 
-    import gymnasium, relod.gym
+import gymnasium, relod.gym
 
-    env = gymnasium.make("relod/CreateReacher-v0")
+env = gymnasium.make("relod/CreateReacher-v0")
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ MODE = "evaluation"
 PLACES = {MODE: Place(acts_here=True, learns_here=True)}
 # The run's settings but for its length; nothing is learned.
 SHORT = {"run.steps": 0, "run.minutes": 0.0, "run.record": False, "replay.capacity": 512}
+START = Start(session=1 << 20)  # with random streams of its own: other starts than in the run, in the same world
 NO_WARM_UP = 1 << 62  # steps done: the actions are the policy's own from the first one on
 
 
@@ -55,7 +56,7 @@ class EvalRequest:
     allow_mixed: bool = False
     world: str | None = None
     clock: str | None = None
-    seed: int = 0
+    seed: int | None = None  # the run's: the room it was learned in
     environment: Mapping[str, str] = field(default_factory=dict)
     assignments: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
@@ -101,6 +102,7 @@ def _plan(request: EvalRequest, run: Mapping[str, Any]) -> Plan:
     if request.task is None and "spec" in run:
         raise SettingsError(f"{request.run} is a learner's run, which has no task of its own", "name it with --task")
     clock = request.clock or ("virtual" if request.robot is None else "wall")
+    seed = {} if request.seed is None else {"run.seed": request.seed}
     learner = None
     if "spec" in run:  # of a learner: its robots have sent such images
         image_hw = tuple(run["spec"]["image_hw"])
@@ -119,7 +121,7 @@ def _plan(request: EvalRequest, run: Mapping[str, Any]) -> Plan:
             config=request.run / "settings.toml",
             environment=request.environment,
             assignments=request.assignments,
-            overrides={"run.seed": request.seed, "run.folder": str(request.run.resolve() / "evaluations"), **SHORT},
+            overrides={**seed, "run.folder": str(request.run.resolve() / "evaluations"), **SHORT},
         ),
         PLACES,
         learner,
@@ -170,7 +172,7 @@ class FixedHost:
             source,
             job.spec,
             needs,
-            random_stream(job.seed, "actor"),
+            random_stream(job.seed, START.stream("actor")),
             deterministic=job.deterministic,
             steps_done=NO_WARM_UP,
         )
@@ -268,7 +270,7 @@ class _Watching:
 
 def _run_wall(plan: Plan, folder: RunFolder, watching: _Watching) -> Result:
     host = RobotHost(
-        plan=plan, folder=folder, learning=watching, spans=new_spans(), start=Start(), progress=watching.progress
+        plan=plan, folder=folder, learning=watching, spans=new_spans(), start=START, progress=watching.progress
     )
     return host.run()
 
@@ -280,7 +282,7 @@ def _run_virtual(plan: Plan, folder: RunFolder, watching: _Watching) -> Result:
         task=plan.task,
         actor=watching.actor().actor,
         safety=settings.safety,
-        rng=random_stream(settings.run.seed, "reset"),
+        rng=random_stream(settings.run.seed, START.stream("reset")),
         shrink=make_shrink(spec.image_hw),
     )
 
