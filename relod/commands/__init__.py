@@ -1,0 +1,1 @@
+"""The commands of `relod`: each parses, calls and prints. What they call is imported only then."""

@@ -1,0 +1,62 @@
+"""Measuring this machine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .options import (
+    JsonOption,
+    SeedOption,
+    SetOption,
+    TaskOption,
+    TokenOption,
+)
+from .output import end, print_json
+
+__all__ = ["app"]
+
+app = typer.Typer()
+bench = typer.Typer(help="Measure this machine, as a user would use it.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("latency")
+def bench_latency(
+    task: TaskOption = "create",
+    modes: Annotated[
+        str, typer.Option(help="Modes to run, in turn.", metavar="MODE,...")
+    ] = "local-only,remote-local,remote-only",
+    link: Annotated[
+        str | None,
+        typer.Option(help="Emulate the way to the learner; as for `relod robot`.", metavar="PROFILE"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of cycles in each mode; starting takes 10 to 20 more.")] = 20,
+    seed: SeedOption = 0,
+    learner: Annotated[
+        str | None,
+        typer.Option(help="A learner that runs already; if not given, one is started on this host.", metavar="URL"),
+    ] = None,
+    token_file: TokenOption = None,
+    assignments: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the modes in turn for real, simulated robot included, and show what each does to the cycle."""
+    from ..runtime.benchlatency import LatencyRequest, run_latency
+
+    request = LatencyRequest(
+        task=task,
+        modes=tuple(modes.split(",")),
+        link=link,
+        seconds=seconds,
+        seed=seed,
+        learner=learner,
+        token_file=token_file,
+        assignments=tuple(assignments or ()),
+    )
+    document, code = run_latency(request, sys.argv[1:])
+    if as_json:
+        print_json(document)
+    end(code)
