@@ -40,6 +40,8 @@ __all__ = [
 CAMERA_FPS = 30.0  # a new image every 33.3 ms
 ACTUATED = JOINT_NAMES[:5]  # wrist 3 only turns the picture
 
+# An approach takes 30 to 40 cycles of the 100 that an episode has. Episodes 70 to 77 of a run of seed 0 in virtual time
+# earned 157; with a discount of 0.97, white noise and random actions held for 15 cycles 73.
 AGENT: RawSettings = {
     "gamma": 0.98,
     "init_steps": 1000,
@@ -312,7 +314,11 @@ def _entry(build: Callable[..., VisualReacher], settings: str, upstream: RawSett
         worlds="relod.robots.ur5.world:WORLDS",
         sensor_names=SENSOR_COLUMNS,
         command_names=COMMAND_NAMES,
-        presets={"sac": {"agent": AGENT}, "sac-lite": {"agent": AGENT, "task": LITE_IMAGE}},
+        presets={
+            "sac": {"agent": AGENT},
+            "sac-lite": {"agent": AGENT, "task": LITE_IMAGE},
+            "ppo-lite": {"task": LITE_IMAGE},
+        },
         profiles={"upstream": upstream},
     )
 
