@@ -32,7 +32,7 @@ from ..rundir import RunFolder
 from ..view import TREND_EPISODES
 from .serversession import Admission
 from .streams import BOOK, StreamBook
-from .wire import Join, Observe, Welcome
+from .wire import Join, Observe, Precision, Welcome
 
 __all__ = ["LearnerRun", "PolicyDesk", "RobotBook"]
 
@@ -164,7 +164,7 @@ class LearnerRun:
                 env_steps=self.env_steps,
                 policy_size=self.learner.box.size,
                 has_policy=self.policies.version != NO_POLICY,
-                precision=settings.server.precision,
+                precision=self.precision,
                 proof=b"",
             ),
         )
@@ -243,6 +243,12 @@ class LearnerRun:
         for stream in sorted(self.experience.open):
             self._close_stream(stream)
         self._note()
+
+    @property
+    def precision(self) -> Precision:
+        """In which policies travel: as the settings say, unless the algorithm needs all of it."""
+        needed: Precision = self.learner.needs.precision
+        return needed if needed == "float32" else self.plan.settings.server.precision
 
     @property
     def env_steps(self) -> int:

@@ -40,7 +40,7 @@ from .learnerrequest import Access, LearnerRequest, Teaching, choose_access, cho
 from .learnerview import LearnerState, open_learner_view, summary_line
 from .server import LearnerServer
 from .serversession import Admission
-from .wire import FromLearner, Join, Observe, Refused
+from .wire import FromLearner, Join, Observe, Precision, Refused
 
 __all__ = ["LearnerRequest", "LearnerSession", "Server", "run_learner"]
 
@@ -58,7 +58,7 @@ class Server(Protocol):
 
     async def listen(self) -> None: ...
 
-    def prefer(self, image_hw: tuple[int, int]) -> None: ...
+    def settle(self, image_hw: tuple[int, int], precision: Precision) -> None: ...
 
     def publish(self, values: npt.NDArray[np.float32], version: tuple[int, int]) -> None: ...
 
@@ -221,7 +221,7 @@ class LearnerSession:
             self._stack.push(stack.pop_all())
         self.learning, self._limit = learning, limit
         assert self._server is not None
-        self._server.prefer(plan.spec.image_hw)
+        self._server.settle(plan.spec.image_hw, learning.precision)
         self._hold()
         self.books.begin(learning, limit)
         learned = f" with its learner at update {checkpoint.counters['updates']}" if checkpoint is not None else ""

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..clock import Clock
-from .wire import POLICY_PART_BYTES, Ack, FromLearner, PolicyPart, Pong, pack
+from .wire import POLICY_PART_BYTES, Ack, FromLearner, PolicyPart, Pong, Precision, pack
 
 __all__ = ["Owed", "PackedPolicy", "pack_policy"]
 
@@ -29,9 +28,7 @@ class PackedPolicy:
     parts: tuple[bytes, ...]
 
 
-def pack_policy(
-    values: npt.NDArray[np.float32], version: tuple[int, int], precision: Literal["float16", "float32"]
-) -> PackedPolicy:
+def pack_policy(values: npt.NDArray[np.float32], version: tuple[int, int], precision: Precision) -> PackedPolicy:
     """The messages of a policy; values beyond the range of float16 become the largest it has."""
     if precision == "float16":
         data = np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype("<f2").tobytes()

@@ -40,6 +40,7 @@ from .wire import (
     FromLearner,
     Hold,
     Join,
+    Precision,
     pack,
 )
 
@@ -76,6 +77,7 @@ class LearnerServer:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # why the learner must end
         self._hall, self._settings, self._token, self._tls, self._say = hall, settings, token, tls, say
         self._image_hw, self._preset = image_hw, preset
+        self._precision: Precision = settings.precision
         self._sessions: dict[str, RobotSession] = {}
         self._tallies: dict[str, Tally] = {}
         self._attempts = Attempts()
@@ -124,9 +126,9 @@ class LearnerServer:
         self._tasks = [self._start_task(self._sweep(), "sweep"), self._start_task(self._pack(), "pack")]
         return self._port
 
-    def prefer(self, image_hw: tuple[int, int]) -> None:
-        """Tell robots that come from now on to send images of this size, whatever they would suggest."""
-        self._image_hw, self._preset = image_hw, ""
+    def settle(self, image_hw: tuple[int, int], precision: Precision) -> None:
+        """The task is known: robots that come send images of this size, and policies go out in this precision."""
+        self._image_hw, self._preset, self._precision = image_hw, "", precision
 
     async def listen(self) -> None:
         """Let robots in from now on."""
@@ -424,7 +426,7 @@ class LearnerServer:
             if self._unpacked is None:
                 continue
             (values, version), self._unpacked = self._unpacked, None
-            policy = await asyncio.to_thread(pack_policy, values, version, self._settings.precision)
+            policy = await asyncio.to_thread(pack_policy, values, version, self._precision)
             self._policy = policy
             for session in self._sessions.values():
                 session.offer(policy)

@@ -37,6 +37,7 @@ __all__ = [
     "Ping",
     "PolicyPart",
     "Pong",
+    "Precision",
     "RecordHead",
     "Refused",
     "Welcome",
@@ -56,6 +57,7 @@ PROOF_BYTES = 32
 ACTION_SLACK = 1e-6  # by which rounding may take an action out of [-1, 1]
 
 Bytes: TypeAlias = bytes | memoryview
+Precision: TypeAlias = Literal["float16", "float32"]  # of policies on the way
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 RunId = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -176,7 +178,7 @@ class Welcome(_Head, frozen=True, tag="welcome"):
     env_steps: Count  # of the learner's run so far
     policy_size: Count  # float32 values of a policy
     has_policy: bool  # whether there is one, which comes next
-    precision: Literal["float16", "float32"]  # of the policies sent
+    precision: Precision  # of the policies sent
     proof: Proof
 
 
@@ -202,7 +204,7 @@ class PolicyPart(_Head, frozen=True, tag="policy"):
     """
 
     version: Version
-    precision: Literal["float16", "float32"]
+    precision: Precision
     size: Count  # values in the whole policy
     offset: Count  # in bytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from dataclasses import fields, replace
 
 import msgspec
@@ -75,6 +76,13 @@ def test_a_robot_is_told_what_it_needs(start):
     assert welcome.policy_size == run.learner.box.size
     assert msgspec.convert(welcome.agent, type(AGENT)) == AGENT
     assert welcome.run_dir == str(run.folder.path)
+
+
+def test_policies_travel_in_the_precision_that_the_algorithm_needs(start):
+    run = start()
+    assert run.admit(make_join()).welcome.precision == "float16"
+    run.learner.needs = dataclasses.replace(run.learner.needs, precision="float32")
+    assert run.admit(make_join()).welcome.precision == "float32"
 
 
 def test_no_two_robots_explore_alike(start):

@@ -52,7 +52,7 @@ class FakeServer:
     async def listen(self) -> None:
         pass
 
-    def prefer(self, image_hw: tuple[int, int]) -> None:
+    def settle(self, image_hw: tuple[int, int], precision: str) -> None:
         pass
 
     async def start(self, host: str, port: int, *, listening: bool = True) -> int:
