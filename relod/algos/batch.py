@@ -139,8 +139,9 @@ def centre_window(in_hw: tuple[int, int]) -> Window:
 
 
 def shift_window(in_hw: tuple[int, int], pad_px: int) -> Window:
-    """Random shift by up to `pad_px` each way, edges replicated (DrQ, arXiv 2004.13649)."""
-    return Window(in_hw=in_hw, out_hw=in_hw, low=(-pad_px, -pad_px), high=(pad_px, pad_px), centre=(0, 0))
+    """Random shift by up to `pad_px` each way, less than the image's size, edges replicated (DrQ, arXiv 2004.13649)."""
+    y, x = (min(pad_px, size - 1) for size in in_hw)
+    return Window(in_hw=in_hw, out_hw=in_hw, low=(-y, -x), high=(y, x), centre=(0, 0))
 
 
 def crop_window(in_hw: tuple[int, int], fraction: float) -> Window:

@@ -10,12 +10,55 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["Encoder", "Ensemble", "ensemble", "mlp", "soft_argmax", "squashed_log_std", "tanh_log_prob"]
+__all__ = [
+    "Blind",
+    "Encoder",
+    "Ensemble",
+    "ensemble",
+    "make_encoder",
+    "mlp",
+    "soft_argmax",
+    "squashed_log_std",
+    "tanh_log_prob",
+]
 
 KERNEL = 3
 CENTRE = 0.5  # taken off pixels in [0, 1] to centre them
 
 ConvInit = Literal["orthogonal", "delta_orthogonal"]
+
+
+class Blind(nn.Module):
+    """The encoder of a task without images, which has one pixel: no features, `(B, 0) float32`."""
+
+    out_dim = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.zeros((len(images), 0), device=images.device)
+
+
+def make_encoder(
+    *,
+    frames: int,
+    image_hw: tuple[int, int],
+    channels: int,
+    strides: Sequence[int],
+    centred: bool,
+    init: ConvInit,
+    presence: bool = False,
+) -> Encoder | Blind:
+    """An `Encoder`, or none for images of one pixel."""
+    if image_hw == (1, 1):
+        return Blind()
+    return Encoder(
+        frames=frames,
+        image_hw=image_hw,
+        channels=channels,
+        strides=strides,
+        centred=centred,
+        init=init,
+        presence=presence,
+    )
 
 
 class Encoder(nn.Module):

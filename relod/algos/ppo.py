@@ -21,7 +21,7 @@ from ..config import Section
 from ..types import FloatArray, RawSettings, TaskSpec
 from .agent import Needs, Rollouts
 from .batch import Rollout, Window, centre_window, crop_window, shift_window
-from .nets import ConvInit, Encoder, mlp
+from .nets import ConvInit, make_encoder, mlp
 from .state import load_tensors, module_tensors, save_tensors, torch_seed
 
 __all__ = ["PPO", "PpoLearner", "PpoPolicy", "PpoSettings", "advantages"]
@@ -125,7 +125,7 @@ class PpoPolicy(nn.Module):
 
     def __init__(self, spec: TaskSpec, settings: PpoSettings) -> None:
         super().__init__()
-        self.encoder = Encoder(
+        self.encoder = make_encoder(
             frames=spec.frames,
             image_hw=make_window(spec, settings).out_hw,
             channels=settings.conv_channels,

@@ -23,7 +23,7 @@ from ..types import RawSettings, TaskSpec
 from .agent import Minibatches, Needs
 from .augment import gather_windows
 from .batch import Batch, Window, centre_window, crop_window, shift_window
-from .nets import ConvInit, Encoder, ensemble, mlp, squashed_log_std, tanh_log_prob
+from .nets import ConvInit, ensemble, make_encoder, mlp, squashed_log_std, tanh_log_prob
 from .state import load_tensors, module_tensors, save_tensors, torch_seed
 
 __all__ = ["SAC", "SacLearner", "SacPolicy", "SacSettings"]
@@ -176,7 +176,7 @@ class SacPolicy(nn.Module):
     def __init__(self, spec: TaskSpec, settings: SacSettings) -> None:
         super().__init__()
         self._log_std_range = (settings.log_std_min, settings.log_std_max)
-        self.encoder = Encoder(
+        self.encoder = make_encoder(
             frames=spec.frames,
             image_hw=_window(spec, settings).out_hw,
             channels=settings.conv_channels,

@@ -28,6 +28,8 @@ TASKS = {
 }
 ALGORITHMS = {"ppo": "relod.algos.ppo:PPO", "sac": "relod.algos.sac:SAC"}
 
+GYMNASIUM = "gym:"  # before the name of any environment that Gymnasium knows
+
 KINDS = {"task": (TASKS, "relod.tasks"), "algorithm": (ALGORITHMS, "relod.algorithms")}  # kind -> built in, group
 
 
@@ -61,6 +63,10 @@ class TaskEntry:
 
 def task(name: str) -> TaskEntry:
     """The task called `name`; `SettingsError` when there is none or it cannot be imported."""
+    if name.startswith(GYMNASIUM):
+        make = load_attribute("relod.robots.gymtask.task:entry", f"task {name!r}")
+        made: TaskEntry = make(name.removeprefix(GYMNASIUM))
+        return made
     entry = load_attribute(target("task", name), f"task {name!r}")
     if not isinstance(entry, TaskEntry):
         raise SettingsError(f"task {name!r} is {entry!r}", "a task is registered as a relod.robots.registry.TaskEntry")

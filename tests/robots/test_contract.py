@@ -29,3 +29,7 @@ class TestUR5(RobotContract):
 class TestUR5MinTime(RobotContract):
     task = "ur5-min-time"
     nowhere = "127.0.0.254"
+
+
+class TestGymnasium(RobotContract):
+    task = "gym:Pendulum-v1"
