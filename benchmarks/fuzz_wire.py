@@ -102,6 +102,7 @@ WELCOME = wire.Welcome(
     position=(0, 1),
     env_steps=1,
     policy_size=POLICY_VALUES,
+    has_policy=True,
     precision="float16",
     proof=b"",
 )

@@ -99,6 +99,7 @@ class Hall:
             position=None,
             env_steps=0,
             policy_size=1,
+            has_policy=False,
             precision="float16",
             proof=b"",
         )
