@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..algos.agent import Rollouts
 from ..errors import SettingsError
 from ..robots.vision import make_shrink
 from ..types import EpisodeEnd, Frame, Image, Step
@@ -206,9 +207,17 @@ def check_room(plan: LearnerPlan) -> None:
     """Refuse a run that has no room for its replay, before anything is written or moves.
 
     Raises:
-        SettingsError: the replay does not fit into the memory, or a new run's log could not hold it.
+        SettingsError: the replay does not fit into the memory, a rollout not into the replay, or a new run's log could
+            not hold it.
     """
     settings, layout = plan.settings, _layout(plan)
+    memory = plan.algorithm.needs(plan.spec, settings.agent).memory
+    if isinstance(memory, Rollouts) and layout.capacity < (least := memory.steps + plan.spec.max_steps):
+        raise SettingsError(
+            f"replay.capacity = {layout.capacity} has no room for a rollout of {memory.steps} steps and the episode in"
+            " which it becomes full",
+            f"set it to {least} at least",
+        )
     try:
         check_replay(layout.nbytes, layout.capacity, settings.replay)
     except SettingsError as error:

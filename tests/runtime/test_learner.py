@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from relod.errors import SettingsError
+from relod.runtime.experience import check_room
 from relod.runtime.learner import LearnerSide
 from relod.runtime.modes import resolve
 from relod.runtime.policy import PolicyWriter
@@ -103,3 +106,9 @@ def test_a_worker_that_starts_again_has_the_same_rollout(tmp_path):
         it.episode(20, (1, 0))
         assert it.learner.hold() == "the learner updates the policy"
         job.link.close()
+
+
+def test_a_rollout_that_does_not_fit_into_the_replay_is_refused(tmp_path):
+    plan = resolve(small_request(tmp_path, "replay.capacity=512", "agent.rollout_steps=500", algorithm="ppo")).learner
+    with pytest.raises(SettingsError, match=r"replay.capacity = 512 has no room for a rollout of 500 steps.* 544"):
+        check_room(plan)
