@@ -36,8 +36,20 @@ class GymSettings(Section, frozen=True):
     image_width: Annotated[int, Meta(ge=16, le=1920, description="of a picture, in pixels")] = 64
 
 
-# An update after every step, from the first thousand on, as the usual settings for vectors have it.
-AGENT: RawSettings = {"gamma": 0.99, "n_step": 1, "init_hold": 1, "noise_cycles": 0.0, "max_updates_per_step": 1.0}
+# The usual settings of SAC for vectors: an update of 256 transitions after every step, from the hundredth on.
+AGENT: RawSettings = {
+    "batch_size": 256,
+    "n_step": 1,
+    "gamma": 0.99,
+    "init_steps": 100,
+    "update_after": 100,
+    "init_hold": 1,
+    "noise_cycles": 0.0,
+    "max_updates_per_step": 1.0,
+    "entropy_per_action": -1.0,
+    "backup_entropy": True,
+    "critic_tau": 0.005,
+}
 
 
 class GymTask:
