@@ -98,7 +98,13 @@ def test_in_real_time_the_robot_does_not_wait_for_the_caller():
     env = gymnasium.make(
         "relod/CreateReacher-v0",
         clock="wall",
-        settings=(*SMALL, "task.episode_s=2", "safety.max_unanswered=20", "task.back_off_max_s=0.3"),
+        settings=(
+            *SMALL,
+            "task.episode_s=2",
+            "safety.max_unanswered=10",
+            "task.back_off_min_s=0.2",
+            "task.back_off_max_s=0.3",
+        ),
     ).unwrapped
     try:
         observation, _ = env.reset(seed=0)

@@ -27,7 +27,7 @@ def test_steps_rewards_and_observations_are_the_environments():
     observation, _ = env.reset(seed=7)
     packet = simulation.tick()
     assert packet[:3] == pytest.approx(observation.tolist())
-    assert packet[3:] == [0.0, 0.0, 0.0, 7.0, 0.0]  # it stands
+    assert packet[3:] == [0.0, 0.0, 0.0, 0.0, 7.0, 0.0]  # it stands
     for number, action in enumerate((0.5, -1.0, 1.0, 3.0), start=1):
         simulation.command((action, 1.0))
         packet = simulation.tick()
@@ -40,8 +40,8 @@ def test_it_stands_after_its_end_and_when_it_is_told_to_or_nonsense():
     simulation = Simulation(NAME)
     simulation.command((1.0, 1.0), request=1)
     packets = [simulation.tick() for _ in range(203)]
-    assert packets[199][4:6] == [0.0, 1.0]  # truncated
-    assert packets[199] == packets[202]
+    assert packets[199][4:7] == [0.0, 1.0, 1.0]  # truncated, while it went on
+    assert packets[202] == [*packets[199][:6], 0.0, *packets[199][7:]]
     simulation.command((0.0, 0.0), request=2)
     assert simulation.tick()[-2:] == [2.0, 0.0]
     simulation.command((np.nan, 1.0))

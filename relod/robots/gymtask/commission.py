@@ -33,9 +33,8 @@ class GymCommissioning:
         return f"{window.newest('steps'):.0f} steps"
 
     def speeds(self, window: SensorWindow) -> tuple[float, ...]:
-        """What is asked of it cannot be seen in it: what moves is taken to move as asked."""
-        going = len(window.seq) > 1 and window.values[-1, -2] != window.values[0, -2]
-        return self.cruise if going else (0.0,) * len(self.cruise)
+        """Whether it goes on; the actions cannot be seen in it."""
+        return (*(0.0,) * self.shape.actions, window.newest("go"))
 
     def moved(self, before: Sequence[float], after: Sequence[float]) -> bool:
         """Whether a step was made between two packets."""

@@ -139,7 +139,7 @@ class GymDriver:
         """Nobody has to guard it: it stands when this process hangs up."""
 
     def stands(self, after_ns: int) -> bool:
-        """Whether the newest packets, all after `after_ns`, are of the same step."""
+        """Whether the newest packets, all after `after_ns`, are of the same step of the same episode."""
         if len(self._recent) < STILL_PACKETS or self._recent[0][0] <= after_ns:
             return False
         return len({values[-2:] for _, values in self._recent}) == 1

@@ -1,7 +1,7 @@
 """A Gymnasium environment that makes a step per tick while it is driven, and stands otherwise. No clock, no wire.
 
 What it says of itself at every tick, its *packet*: the observation, the newest reward, whether the episode terminated
-or was truncated, the seed of the episode, and the steps in it.
+or was truncated, the wish to go on that it followed (0 when it stood), the seed of the episode, and the steps in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..vision import cv2
 
 __all__ = ["OUTCOME", "Shape", "Simulation", "make_environment"]
 
-OUTCOME = ("reward", "terminated", "truncated", "seed", "steps")
+OUTCOME = ("reward", "terminated", "truncated", "go", "seed", "steps")
 BLANK = np.zeros((1, 1, 3), np.uint8)
 
 
@@ -97,31 +97,32 @@ class Simulation:
         space = self._env.action_space
         self._low, self._range = space.low.astype(np.float64), (space.high - space.low).astype(np.float64)
         self._action = np.zeros(self.shape.actions)
-        self._go = False
+        self._go = 0.0
         self._over = True
-        self._outcome = [0.0, 0.0, 0.0, 0.0, 0.0]
+        self._outcome: list[float] = []
         self._begin(1)
 
     def command(self, values: Sequence[float], request: int = NO_REQUEST) -> None:
         """What to do from the next tick on; a request begins an episode at once."""
         *action, go = values
-        self._action, self._go = np.array(action), go != 0 and bool(np.isfinite(action).all())
+        self._action, self._go = np.array(action), go if np.isfinite(values).all() else 0.0
         if request != NO_REQUEST:
             self._begin(request)
 
     def stand(self) -> None:
         """Go on no more."""
-        self._go = False
+        self._go = 0.0
 
     def tick(self) -> list[float]:
         """A step, if it is to go on and the episode is not over; the packet."""
+        self._outcome[3] = 0.0
         if self._go and not self._over:
             scaled = self._low + (np.clip(self._action, -1.0, 1.0) + 1) / 2 * self._range
             observation, reward, terminated, truncated, _ = self._env.step(scaled.astype(self._env.action_space.dtype))
             self._observation = np.asarray(observation, np.float64)
             self._over = bool(terminated or truncated)
-            self._outcome[:3] = float(reward), float(terminated), float(truncated)
-            self._outcome[4] += 1
+            self._outcome[:4] = float(reward), float(terminated), float(truncated), self._go
+            self._outcome[-1] += 1
         return [*self._observation.tolist(), *self._outcome]
 
     def render(self) -> Image:
@@ -139,5 +140,5 @@ class Simulation:
     def _begin(self, seed: int) -> None:
         observation, _ = self._env.reset(seed=seed)
         self._observation = np.asarray(observation, np.float64)
-        self._outcome = [0.0, 0.0, 0.0, float(seed), 0.0]
+        self._outcome = [0.0, 0.0, 0.0, 0.0, float(seed), 0.0]
         self._over = False

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...config import Section
 from ...errors import StartError
-from ...runtime.clock import DeadlineTimer, monotonic_ns
+from ...runtime.clock import NS_PER_MS, DeadlineTimer, monotonic_ns
 from ...types import Command, TaskSpec
 from ..frameserver import FrameServer
 from ..simcamera import SimFrame
@@ -26,6 +26,8 @@ __all__ = ["WORLDS", "SimSettings", "VirtualGym", "serve_world"]
 class SimSettings(Section, frozen=True):
     """The environment has no settings of its own here."""
 
+
+SILENCE_NS = 200 * NS_PER_MS  # without a command it stands, as a robot with a watchdog does
 
 # An environment is what it is: its worlds do not differ.
 WORLDS: Mapping[str, dict[str, Any]] = {"ideal": {}, "nominal": {}, "harsh": {}}
@@ -90,6 +92,8 @@ async def serve_world(
             while not stop.is_set():
                 tick_ns += spec.cycle_ns
                 await timer.wait_until(tick_ns)
+                if monotonic_ns() - port.commanded_ns > SILENCE_NS:
+                    simulation.stand()
                 port.send(simulation.shape.packet.pack(*simulation.tick()))
                 now_ns = monotonic_ns()
                 server.publish(SimFrame(captured_ns=now_ns, available_ns=now_ns, image=simulation.render()))
@@ -97,11 +101,13 @@ async def serve_world(
 
 
 class _Port:
-    """The socket: everybody who connects gets the packets, and the newest who commands is obeyed until it hangs up."""
+    """The socket: everybody who connects gets the packets, and who commands is obeyed until it hangs up or falls
+    silent."""
 
     def __init__(self, simulation: Simulation, path: Path) -> None:
         self._simulation, self._path = simulation, path
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self.commanded_ns = 0  # when the newest command came
 
     async def __aenter__(self) -> _Port:
         try:
@@ -131,6 +137,7 @@ class _Port:
                 while True:
                     *values, request = shape.command.unpack(await reader.readexactly(shape.command.size))
                     self._simulation.command(values, request)
+                    self.commanded_ns = monotonic_ns()
         finally:
             self._simulation.stand()
             del self._clients[task]
