@@ -26,7 +26,7 @@ from relod.errors import (
     StartError,
 )
 from relod.runtime import modes
-from tests.fakes import SMALL
+from tests.fakes import SMALL, SMALL_AGENTS
 
 VIRTUAL = ("robot", "--clock", "virtual", "--steps", "3")
 
@@ -227,7 +227,7 @@ def test_json_is_the_only_thing_on_stdout_and_the_run_can_be_repeated_from_its_f
         command = [sys.executable, "-m", "relod", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
-    sets = [part for setting in SMALL for part in ("--set", setting)]
+    sets = [part for setting in (*SMALL, *SMALL_AGENTS["sac"]) for part in ("--set", setting)]
     done = relod("robot", "--clock", "virtual", "--steps", "60", "--seed", "4", "--json", *sets)
     document = json.loads(done.stdout)
     assert done.returncode == document["exit_code"] == EXIT_OK, done.stderr

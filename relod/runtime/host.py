@@ -201,6 +201,8 @@ class RobotHost:
             uvloop.run(self._run())
         finally:
             self._supervisor.close()  # whatever went wrong: a child that lives would keep this process from ending
+            self._shared.stream.close()
+            self._shared.stream_theirs.close()
         if self._defect is not None:
             raise self._defect
         summary = self.progress.summary(self._profile) | self._learning.summary()
