@@ -80,10 +80,12 @@ class Command:
 
     def __init__(self, folder: Path, *arguments: str, name: str = "", prefix: Sequence[str] = ()) -> None:
         self.folder = folder / "runs"
-        self._out, self._err = (folder / f"stdout{name}").open("w+"), (folder / f"stderr{name}").open("w+")
+        # Read by path: seeking in these would move the position at which the child writes.
+        self._out_path, self._err_path = folder / f"stdout{name}", folder / f"stderr{name}"
         where = () if "--resume" in arguments else ("--set", f"run.folder={self.folder}")
         command = [*prefix, *RELOD, *arguments, "--json", *where]
-        self.process = subprocess.Popen(command, stdout=self._out, stderr=self._err, cwd=folder)
+        with self._out_path.open("w") as out, self._err_path.open("w") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, cwd=folder)
 
     def wait(self, limit_s: float = 60.0) -> int:
         """Its exit code."""
@@ -91,14 +93,12 @@ class Command:
 
     def result(self) -> dict[str, Any]:
         """The JSON document it printed."""
-        self._out.seek(0)
-        document = json.load(self._out)
+        document = json.loads(self._out_path.read_text())
         assert isinstance(document, dict)
         return document
 
     def messages(self) -> str:
-        self._err.seek(0)
-        return self._err.read()
+        return self._err_path.read_text()
 
     def wait_for_message(self, text: str) -> str:
         """Until it has said so; the whole line."""
@@ -122,8 +122,6 @@ class Command:
 
     def close(self) -> None:
         self.kill()
-        self._out.close()
-        self._err.close()
 
 
 class Run(Command):
