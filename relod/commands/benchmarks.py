@@ -44,7 +44,7 @@ def bench_latency(
     as_json: JsonOption = False,
 ) -> None:
     """Run the modes in turn for real, simulated robot included, and show what each does to the cycle."""
-    from ..runtime.benchlatency import LatencyRequest, run_latency
+    from ..bench.latency import LatencyRequest, run_latency
 
     request = LatencyRequest(
         task=task,

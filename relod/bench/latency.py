@@ -23,12 +23,12 @@ from typing import Any
 
 from ..errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_START, SettingsError
 from ..robots import registry
-from . import provenance
-from .benchview import BenchView
-from .clock import NS_PER_S, monotonic_ns, sleep_s
-from .modes import MODES
-from .remote.linkprofile import profile_named
-from .request import one_of
+from ..runtime import provenance
+from ..runtime.clock import NS_PER_S, monotonic_ns, sleep_s
+from ..runtime.modes import MODES
+from ..runtime.remote.linkprofile import profile_named
+from ..runtime.request import one_of
+from .latencyview import BenchView
 
 __all__ = ["FIGURES", "LatencyRequest", "ModeRow", "run_latency"]
 

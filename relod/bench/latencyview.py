@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .clock import NS_PER_S
+from ..runtime.clock import NS_PER_S
 
 __all__ = ["HEAD", "BenchView", "Row", "format_row"]
 

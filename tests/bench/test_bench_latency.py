@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from relod import cli
+from relod.bench import latency
+from relod.bench.latency import FIGURES, LatencyRequest, ModeRow, run_latency
+from relod.bench.latencyview import HEAD, BenchView, format_row
 from relod.errors import EXIT_OK, EXIT_SETTINGS, EXIT_SIGTERM, EXIT_START, SettingsError
-from relod.runtime import benchlatency
-from relod.runtime.benchlatency import FIGURES, LatencyRequest, ModeRow, run_latency
-from relod.runtime.benchview import HEAD, BenchView, format_row
 
 MODES = ("local-only", "remote-local", "remote-only")
 
@@ -63,9 +63,9 @@ def calls(tmp_path, monkeypatch):
     """Runs the stand-in instead of relod; gives what was called so far."""
     script, path = tmp_path / "stand_in.py", tmp_path / "calls"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(benchlatency, "RELOD", (sys.executable, "-I", "-S", str(script)))
-    monkeypatch.setattr(benchlatency, "POLL_S", 0.01)
-    monkeypatch.setattr(benchlatency, "END_LIMIT_S", 5.0)
+    monkeypatch.setattr(latency, "RELOD", (sys.executable, "-I", "-S", str(script)))
+    monkeypatch.setattr(latency, "POLL_S", 0.01)
+    monkeypatch.setattr(latency, "END_LIMIT_S", 5.0)
     monkeypatch.setenv("CALLS", str(path))
 
     def read() -> list[dict]:
@@ -155,7 +155,7 @@ def test_the_first_failure_counts_when_all_fail(calls, monkeypatch):
 
 
 def test_what_does_not_end_is_killed(calls, monkeypatch):
-    monkeypatch.setattr(benchlatency, "END_LIMIT_S", 0.1)
+    monkeypatch.setattr(latency, "END_LIMIT_S", 0.1)
     monkeypatch.setenv("FAULTS", "stubborn")
     document, _ = run_latency(LatencyRequest(modes=("remote-only",), seconds=0.1))
     assert "did not end within 0.1 s of Ctrl-C" in document["modes"]["remote-only"]["error"]
@@ -163,7 +163,7 @@ def test_what_does_not_end_is_killed(calls, monkeypatch):
 
 
 def test_a_run_without_steps_is_given_up(calls, monkeypatch):
-    monkeypatch.setattr(benchlatency, "START_LIMIT_S", 0.0)
+    monkeypatch.setattr(latency, "START_LIMIT_S", 0.0)
     document, _ = run_latency(LatencyRequest(modes=("local-only",), seconds=1))
     assert document["modes"]["local-only"]["error"] == "no step in 0 s: relod robot said nothing"
 

@@ -1,0 +1,1 @@
+"""Measuring this machine: `relod bench`. Imported by nothing but the commands."""
