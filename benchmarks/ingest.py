@@ -12,146 +12,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import itertools
 import json
 import os
-import secrets
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import uvloop
 
-from relod.config import LinkSettings
-from relod.robots import registry
+from relod.bench.linkecho import create_spec
+from relod.bench.loadrobot import LoadRobot, Recording, learner_settings, record, start_learner
 from relod.runtime.clock import NS_PER_S, cpu_seconds, cpu_seconds_of, monotonic_ns
-from relod.runtime.log.format import EncodedFrame
-from relod.runtime.log.reader import LogReader, find_log
 from relod.runtime.provenance import describe
-from relod.runtime.remote.link import JoinFacts, RobotLink
-from relod.runtime.remote.outbox import Outbox
-from relod.types import EpisodeEnd, Step, TaskSpec
 
-RELOD = (sys.executable, "-m", "relod")
-IMAGE = ("--set", "task.image_height=120", "--set", "task.image_width=160")
 BACKLOG_S = 1.0
-MIB = 1 << 20
 START_S = 3.0  # for every robot to be connected, before the first step
 
-Recording = list[
-    tuple[Step | EpisodeEnd, dict[int, EncodedFrame]]
-]  # records, and the frames that each is first to name
-
-
-def create_spec() -> TaskSpec:
-    """Create-Reacher's, with images of its own size."""
-    entry = registry.task("create")
-    found: TaskSpec = entry.build(entry.sections()["task"]()).spec
-    return found
-
-
-def record(folder: Path, steps: int) -> Recording:
-    """Whole episodes of a run in virtual time that learns nothing."""
-    settings = ("task.episode_s=9", "agent.init_steps=1000000", f"run.folder={folder}")  # 200 steps an episode
-    options = [word for each in settings for word in ("--set", each)]
-    command = [*RELOD, "robot", "--clock", "virtual", "--steps", str(steps), *IMAGE, *options]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    found: Recording = []
-    seen: set[int] = set()
-    for each in LogReader(find_log(folder / "latest")).iterate():
-        if each.message is not None:
-            new = {i: each.frames.encoded[i] for i in each.message.frame_ids if i not in seen}
-            seen.update(new)
-            found.append((each.message, new))
-    while not isinstance(found[-1][0], EpisodeEnd):
-        found.pop()
-    return found
-
-
-def endless(recording: Recording) -> Iterator[tuple[Step | EpisodeEnd, dict[int, EncodedFrame]]]:
-    """The recording again and again, with episodes and frames that go on counting."""
-    first, last = recording[0][0], recording[-1][0]
-    episodes, frames = last.episode - first.episode + 1, last.frame_ids[-1]
-    turn = 0
-    while True:
-        for message, new in recording:
-            ids = tuple(i + turn * frames for i in message.frame_ids)
-            moved = dataclasses.replace(message, episode=message.episode + turn * episodes, frame_ids=ids)
-            yield moved, {i + turn * frames: frame for i, frame in new.items()}
-        turn += 1
-
-
-class Robot:
-    """A robot of the load generator. `LinkEvents` to its link, of which only an end matters."""
-
-    def __init__(self, number: int, url: str, folder: Path, recording: Recording) -> None:
-        self.name, self.run, self.failure = f"robot-{number}", secrets.token_hex(16), ""
-        self.outbox = Outbox(folder / self.name, memory_bytes=256 * MIB, spool_bytes=0)
-        join = JoinFacts(
-            robot=self.name,
-            run=self.run,
-            acts="robot",
-            task=create_spec(),
-            codec="raw",
-            algorithm="sac",
-            presets={},
-        )
-        self.link = RobotLink(
-            url, token=None, ca=None, join=join, settings=LinkSettings(), outbox=self.outbox, events=self
-        )
-        self._records = endless(recording)
-
-    async def drive(self, start_ns: int, seconds: float, cycle_ns: int) -> None:
-        """Send a step every cycle, at the moment at which it is due."""
-        for cycle in range(int(seconds * NS_PER_S / cycle_ns)):
-            await asyncio.sleep((start_ns + cycle * cycle_ns - monotonic_ns()) / NS_PER_S)
-            stepped = False
-            while not stepped:
-                message, frames = next(self._records)
-                for frame_id, frame in frames.items():
-                    self.outbox.add_frame(frame_id, frame)
-                self.outbox.add(message)
-                stepped = isinstance(message, Step)
-            self.link.wake()
-
-    def failed(self, error: Exception) -> None:
-        self.failure = str(error)
-
-    def say(self, text: str) -> None:
-        print(f"{self.name}: {text}", file=sys.stderr)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("policy", "answer", "news", "link_state", "hold", "finished"):
-            return lambda *_: None
-        raise AttributeError(name)
-
-
-# -- the learner -------------------------------------------------------------------------------------------------------
-
-
-def ingest_settings(robots: int) -> list[str]:
-    """Settings of a learner that has to take what `robots` send, and to learn little."""
-    return [f"server.max_robots={robots}", "agent.init_steps=500", "log.limit_gib=4", "replay.capacity=20000"]
-
-
-def start_learner(folder: Path, settings: list[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """The command, with A.B=C settings, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    options = [word for each in (f"run.folder={folder}", *settings) for word in ("--set", each)]
-    with (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            [*RELOD, "learner", "--json", "--listen", address, *options], stdout=subprocess.PIPE, stderr=errors
-        )
-    return process, f"ws://{address}"
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def worker_of(pid: int) -> int:
@@ -189,9 +70,9 @@ async def trial(count: int, seconds: float, recording: Recording, arguments: lis
     """Replay the recording as `count` robots against a new learner."""
     with tempfile.TemporaryDirectory(prefix="relod-ingest-") as name:
         folder = Path(name)
-        learner, url = start_learner(folder, [*ingest_settings(count), *arguments])
+        learner, url = start_learner(folder, [*learner_settings(count), *arguments])
         try:
-            robots = [Robot(number, url, folder / "outbox", recording) for number in range(count)]
+            robots = [LoadRobot(number, url, folder / "outbox", recording) for number in range(count)]
             await robots[0].link.open()  # which makes the learner begin its run
             await asyncio.gather(*(robot.link.open() for robot in robots[1:]))
             await asyncio.sleep(START_S)
@@ -204,7 +85,7 @@ async def trial(count: int, seconds: float, recording: Recording, arguments: lis
         return judge(robots, document, samples, all(delivered), seconds)
 
 
-async def replay(robots: list[Robot], learner: int, seconds: float) -> list[dict[str, Any]]:
+async def replay(robots: list[LoadRobot], learner: int, seconds: float) -> list[dict[str, Any]]:
     """Drive all robots, each at its own part of the cycle; figures of every second."""
     cycle_ns = create_spec().cycle_ns
     start_ns = monotonic_ns() + NS_PER_S // 10
@@ -222,7 +103,7 @@ async def replay(robots: list[Robot], learner: int, seconds: float) -> list[dict
     return samples
 
 
-def sample(robots: list[Robot], learner: int, start_ns: int) -> dict[str, Any]:
+def sample(robots: list[LoadRobot], learner: int, start_ns: int) -> dict[str, Any]:
     worker = worker_of(learner)
     return {
         "at_s": (monotonic_ns() - start_ns) / NS_PER_S,
@@ -238,7 +119,7 @@ def sample(robots: list[Robot], learner: int, start_ns: int) -> dict[str, Any]:
 
 
 def judge(
-    robots: list[Robot], document: dict[str, Any], samples: list[dict[str, Any]], delivered: bool, seconds: float
+    robots: list[LoadRobot], document: dict[str, Any], samples: list[dict[str, Any]], delivered: bool, seconds: float
 ) -> dict[str, Any]:
     """What came of it."""
     first, last = samples[0], samples[-1]

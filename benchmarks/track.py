@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ingest import RELOD, start_learner
 from virtual_episodes import virtual_episodes
 
+from relod.bench.children import RELOD
+from relod.bench.loadrobot import start_learner
 from relod.config import load
 from relod.robots.track.rig import LOW_MM
 from relod.robots.track.task import TRACK

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import companions
 from .options import (
     JsonOption,
     SeedOption,
@@ -21,6 +22,7 @@ __all__ = ["app"]
 app = typer.Typer()
 bench = typer.Typer(help="Measure this machine, as a user would use it.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+bench.add_typer(companions.app)
 
 
 @bench.command("latency")

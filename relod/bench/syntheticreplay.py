@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from relod.runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
-from relod.types import Step, TaskSpec
+from ..runtime.clock import NS_PER_MS, monotonic_ns
+from ..runtime.replay import ReplayLayout, ReplaySampler, ReplayTable, ReplayWriter
+from ..types import Step, TaskSpec
+
+__all__ = ["ACTION_DIM", "PROPRIO_DIM", "fill", "make_spec"]
 
 PICTURES = 64
 PROPRIO_DIM, ACTION_DIM = 8, 2
@@ -28,12 +31,19 @@ def make_spec(image_hw: tuple[int, int]) -> TaskSpec:
     )
 
 
-def make_samplers(spec: TaskSpec, *, steps: int, lookahead: int, threads: tuple[int, ...]) -> tuple[ReplaySampler, ...]:
-    """Samplers with so many threads over one shared table of `steps` steps; every cycle sees one or two new frames."""
+def fill(
+    spec: TaskSpec, *, steps: int, lookahead: int, threads: tuple[int, ...], staged: bool = False
+) -> tuple[tuple[ReplaySampler, ...], list[float]]:
+    """Samplers with so many threads over one shared table of `steps` steps; every cycle sees one or two new frames.
+
+    Also the milliseconds that adding each step took. `staged` as `ReplaySampler` has it.
+    """
     table = ReplayTable(ReplayLayout.for_task(spec, capacity=steps, lookahead=lookahead))
-    writer, samplers = ReplayWriter(table), tuple(ReplaySampler(table, threads=count) for count in threads)
+    writer = ReplayWriter(table)
+    samplers = tuple(ReplaySampler(table, threads=count, staged=staged) for count in threads)
     rng, newest = np.random.default_rng(0), spec.frames
     pictures = rng.integers(0, 256, (PICTURES, *spec.image_hw, 3), np.uint8)
+    added_ms = []
     for index in range(steps):
         newest += 1 + (index % 3 == 0)
         frame_ids = tuple(range(newest - spec.frames + 1, newest + 1))
@@ -51,7 +61,10 @@ def make_samplers(spec: TaskSpec, *, steps: int, lookahead: int, threads: tuple[
             observed_ns=0,
             acted_ns=0,
         )
-        news = writer.append(step, {number: pictures[number % PICTURES] for number in frame_ids})
+        frames = {number: pictures[number % PICTURES] for number in frame_ids}
+        start_ns = monotonic_ns()
+        news = writer.append(step, frames)
+        added_ms.append((monotonic_ns() - start_ns) / NS_PER_MS)
         for sampler in samplers:
             sampler.apply(news)
-    return samplers
+    return samplers, added_ms

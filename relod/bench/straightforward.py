@@ -1,4 +1,4 @@
-"""SAC with the paper's networks, written the straightforward way: what `benchmarks/update.py` compares with.
+"""SAC with the paper's networks, written the straightforward way: what `relod bench update` compares with.
 
 Pictures are channels-first bytes, cut sample by sample for every use; each of the five uses runs the encoder again;
 the critics are two separate networks; statistics are read after every update. The mathematics is relod's, but for one
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from relod.algos.nets import coordinate_grid, squashed_log_std, tanh_log_prob
-from relod.algos.sac import SacSettings
+from ..algos.nets import coordinate_grid, squashed_log_std, tanh_log_prob
+from ..algos.sac import SacSettings
+
+__all__ = ["USES", "StraightforwardSac"]
 
 USES = ("next actor", "next critics", "critics", "actor", "actor's critics")
 
@@ -30,6 +32,7 @@ class PlainEncoder(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(count, settings.conv_channels, 3, stride) for count, stride in zip(inputs, strides, strict=True)
         )
+        self.grid: Tensor
         self.register_buffer("grid", coordinate_grid(feature_hw))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +53,7 @@ def plain_mlp(inputs: int, hidden: tuple[int, ...], outputs: int) -> nn.Sequenti
 
 
 class StraightforwardSac:
-    """Networks, optimisers and the update; starts with the weights of a `SacLearner`'s state."""
+    """Networks, optimisers and the update; starts with the weights of a `SacLearner`'s state, on its device."""
 
     def __init__(
         self,
@@ -59,18 +62,19 @@ class StraightforwardSac:
         *,
         feature_hw: tuple[int, int],
         out_hw: tuple[int, int],
+        device: torch.device,
     ) -> None:
         self._settings = settings
         self._out_hw = out_hw
         first = state["policy.encoder.first.weight"]
         features = state["policy.head.0.weight"].shape[1]
         self._action_dim = state["critic.layers.0.weight"].shape[1] - features
-        self.encoder = PlainEncoder(first.shape[1], settings, feature_hw)
-        self.actor = plain_mlp(features, settings.hidden, 2 * self._action_dim)
+        self.encoder = PlainEncoder(first.shape[1], settings, feature_hw).to(device)
+        self.actor = plain_mlp(features, settings.hidden, 2 * self._action_dim).to(device)
         critics = [plain_mlp(features + self._action_dim, settings.hidden, 1) for _ in range(2)]
-        self.critics = nn.ModuleList(critics)
+        self.critics = nn.ModuleList(critics).to(device)
         self.target_encoder, self.target_critics = copy.deepcopy(self.encoder), copy.deepcopy(self.critics)
-        self.log_alpha = state["log_alpha"].clone().requires_grad_()
+        self.log_alpha = state["log_alpha"].to(device, copy=True).requires_grad_()
         self._load(state)
         self._critic_adam = torch.optim.Adam(
             [*self.encoder.parameters(), *self.critics.parameters()], lr=settings.critic_lr
@@ -78,7 +82,7 @@ class StraightforwardSac:
         self._actor_adam = torch.optim.Adam(self.actor.parameters(), lr=settings.actor_lr)
         betas = (settings.alpha_beta1, 0.999)
         self._alpha_adam = torch.optim.Adam([self.log_alpha], lr=settings.alpha_lr, betas=betas)
-        self.generator = torch.Generator()
+        self.generator = torch.Generator(device)
         self.generator.set_state(state["generator"])
 
     @torch.no_grad()
@@ -86,8 +90,7 @@ class StraightforwardSac:
         for name, encoder in (("policy.encoder", self.encoder), ("target_encoder", self.target_encoder)):
             keys = ["first", *(f"rest.{index}" for index in range(len(encoder.convs) - 1))]
             for key, conv in zip(keys, encoder.convs, strict=True):
-                conv.weight.copy_(state[f"{name}.{key}.weight"])
-                conv.bias.copy_(state[f"{name}.{key}.bias"])
+                conv.load_state_dict({part: state[f"{name}.{key}.{part}"] for part in ("weight", "bias")})
         self.actor.load_state_dict({key: state[f"policy.head.{key}"] for key in self.actor.state_dict()})
         for name, critics in (("critic", self.critics), ("target_critic", self.target_critics)):
             for member, critic in enumerate(critics):
@@ -104,7 +107,8 @@ class StraightforwardSac:
             value = self._least(self.target_critics, features, actions) - self.log_alpha.exp() * log_prob
             target = batch["rewards"] + batch["discounts"] * value
         inputs = torch.cat([self._see("critics", batch, corners, self.encoder), batch["actions"]], -1)
-        critic_loss = sum(functional.mse_loss(critic(inputs).squeeze(-1), target) for critic in self.critics)
+        first, second = (functional.mse_loss(critic(inputs).squeeze(-1), target) for critic in self.critics)
+        critic_loss = first + second
         self._step(self._critic_adam, critic_loss)
 
         actions, log_prob = self._act(self._see("actor", batch, corners, self.encoder).detach())
@@ -133,18 +137,19 @@ class StraightforwardSac:
     def _act(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.actor(features).chunk(2, -1)
         log_std = squashed_log_std(raw, self._settings.log_std_min, self._settings.log_std_max)
-        u = mean + log_std.exp() * torch.randn(mean.shape, generator=self.generator)
+        u = mean + log_std.exp() * torch.randn(mean.shape, generator=self.generator, device=mean.device)
         return torch.tanh(u), tanh_log_prob(u, mean, log_std)
 
     @staticmethod
     def _least(critics: nn.ModuleList, features: Tensor, actions: Tensor) -> Tensor:
-        first, second = (critic(torch.cat([features, actions], -1)).squeeze(-1) for critic in critics)
-        return torch.min(first, second)
+        inputs = torch.cat([features, actions], -1)
+        found: Tensor = torch.min(*(critic(inputs).squeeze(-1) for critic in critics))
+        return found
 
     @staticmethod
     def _step(adam: torch.optim.Adam, loss: Tensor) -> None:
         adam.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
 
     @staticmethod

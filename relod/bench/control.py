@@ -1,0 +1,126 @@
+"""`relod bench control`: how late the control loop is on this machine, with nothing to do and under full load.
+
+Two runs of `relod robot`, as its user starts it, simulated robot included: in the first the update worker makes one
+update and then rests, in the second it updates back to back without a cap. From the end of the first update on the
+policy acts in both. The sentinel, a process that does nothing but tick, runs beside either: its lateness is the
+machine's own. Raw samples come from the spans that every run keeps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import StartError, error_with_code
+from ..robots import registry
+from ..runtime.clock import NS_PER_MS
+from .children import run_relod
+from .form import Findings, Series, number, percentiles, positive, ratio
+
+__all__ = ["SECONDS", "SHORT_SECONDS", "ControlRequest", "measure_control"]
+
+SECONDS, SHORT_SECONDS = 120.0, 10.0
+# A run of seconds has no time for random actions. The policy comes with the first update.
+ALWAYS = ("agent.init_steps=20",)
+LOADS: dict[str, tuple[str, ...]] = {
+    "idle": ("learner.max_updates_per_s=0.0001",),
+    "load": ("agent.max_updates_per_step=1000",),
+}
+STAGES = {"sentinel": "sentinel", "loop": "lateness", "act": "act"}  # of a series, as spans.json calls it
+SLICES = 10  # of a run, for the spread of its ratio
+
+Spans = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlRequest:
+    """What to measure: so many seconds of experience in either run; starting, resets and ending come on top."""
+
+    seconds: float = SECONDS
+    task: str = "create"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        registry.task(self.task)
+        positive("--seconds", self.seconds)
+
+
+def measure_control(request: ControlRequest) -> Findings:
+    """Lateness of the loop and of the sentinel, and the time from deadline to wire, idle and under load."""
+    samples: dict[str, Series] = {}
+    ratios: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    for load in LOADS:
+        print(f"relod: control, {load}: {request.seconds:g} s of experience", file=sys.stderr)
+        runs[load], spans = _run(request, load)
+        found = late_ms(spans, len(spans["update"]) and int(spans["update"]["end_ns"][0]))
+        samples |= {f"{name}-{load}": Series(values=values) for name, values in found.items()}
+        ratios[f"loop-{load}"] = ratio_to_sentinel(found["loop"], found["sentinel"], f"sentinel-{load}")
+    return Findings(
+        benchmark="control",
+        parameters={"seconds": request.seconds, "task": request.task, "seed": request.seed},
+        samples=samples,
+        ratios=ratios,
+        facts={"runs": runs},
+        notes=[_note(load, runs[load], ratios[f"loop-{load}"]) for load in LOADS],
+    )
+
+
+def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, Spans]]:
+    """What a run printed, and its spans by stage."""
+    with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder:
+        settings = (*ALWAYS, *LOADS[load], f"run.folder={folder}")
+        options = [word for each in settings for word in ("--set", each)]
+        size = ("--seed", str(request.seed), "--minutes", f"{request.seconds / 60:.6f}")
+        ended = run_relod(["robot", "--json", "--task", request.task, *size, *options])
+        if ended.document is None or not ended.good:
+            raise error_with_code(ended.exit_code, f"the run with the loop {load} failed: {ended.complaint}")
+        told = ended.document
+        spans = read_spans(Path(told["run_dir"]))
+    if not len(spans["update"]):
+        raise StartError(f"no update in {request.seconds:g} s", "measure for longer: --seconds 10")
+    told["updates_per_s"] = round(told["updates"] / told["wall_s"], 2)
+    kept = ("updates", "updates_per_s", "cycles", "overruns", "overruns_not_shared", "late_actions", "steps", "wall_s")
+    figures = [name for name in told if name.endswith("_ms")]
+    return {name: told[name] for name in (*kept, "cpu_cores", "algorithm", "preset", *figures)}, spans
+
+
+def read_spans(run: Path) -> dict[str, Spans]:
+    """A run's spans by the stage's name, each in the order of time."""
+    header = json.loads((run / "spans.json").read_text())
+    spans = np.fromfile(run / "spans.bin", np.dtype([tuple(field) for field in header["dtype"]]))
+    spans = spans[np.argsort(spans["start_ns"], kind="stable")]
+    return {name: spans[spans["stage"] == number] for name, number in header["stages"].items()}
+
+
+def late_ms(spans: Mapping[str, Spans], from_ns: int) -> dict[str, list[float]]:
+    """Milliseconds of every span from `from_ns` on, by series."""
+    found = {}
+    for name, stage in STAGES.items():
+        kept = spans[stage][spans[stage]["start_ns"] >= from_ns]
+        found[name] = [float(each) for each in (kept["end_ns"] - kept["start_ns"]) / NS_PER_MS]
+        if len(found[name]) < SLICES:
+            raise StartError(f"only {len(found[name])} samples of {name}", "measure for longer: --seconds 10")
+    return found
+
+
+def ratio_to_sentinel(loop: list[float], sentinel: list[float], name: str) -> dict[str, Any]:
+    """Medians of slices of the run over the sentinel's in the same slice, and the 99th percentiles of all of it."""
+    medians = [[float(np.median(each)) for each in np.array_split(values, SLICES)] for values in (loop, sentinel)]
+    p99 = percentiles(loop)["p99"] / percentiles(sentinel)["p99"]
+    return ratio(name, *medians) | {"p99": round(p99, 3)}
+
+
+def _note(load: str, run: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    return (
+        f"{load}: {run['overruns']} overruns in {run['cycles']:,} cycles, {number(run['updates_per_s'])} updates/s; "
+        f"the loop's p99 is {number(found['p99'])} times the sentinel's"
+    )
