@@ -46,7 +46,8 @@ async def serve_websockets(tell: Tell) -> None:
 
 @contextlib.asynccontextmanager
 async def open_websockets(port: int, folder: Path, *, joined: bool = False) -> AsyncIterator[Exchange]:
-    websocket = await connect(f"ws://127.0.0.1:{port}", compression=None, ping_interval=None, max_size=MIB)
+    url = f"ws://127.0.0.1:{port}"
+    websocket = await connect(url, compression=None, ping_interval=None, close_timeout=1, max_size=MIB)
 
     async def exchange(frames: int) -> None:
         if joined:

@@ -31,7 +31,7 @@ from ..runtime.remote.link import greet_learner
 from .cuts import ChainedRobot, CutWay
 from .form import Findings, Series, positive, ratio
 from .linkecho import create_spec
-from .loadrobot import record
+from .loadrobot import Recording, record
 
 __all__ = ["ROUNDS", "SHORT_ROUNDS", "LinkRequest", "measure_link"]
 
@@ -58,7 +58,8 @@ class LinkRequest:
 def measure_link(request: LinkRequest) -> Findings:
     """Cut the link again and again; raises `LinkLost` when records are missing in the end."""
     with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder:
-        samples, facts = uvloop.run(_measure(Path(folder), request))
+        recording = record(Path(folder) / "recorded", RECORDED_STEPS)
+        samples, facts = uvloop.run(_measure(Path(folder), request, recording))
     if facts["failure"] or not facts["delivered"] or facts["audit_exit_code"]:
         raise LinkLost(f"not all that was sent is in the learner's log: {facts['failure'] or facts['audit']}")
     records = facts["records"]
@@ -75,9 +76,10 @@ def measure_link(request: LinkRequest) -> Findings:
     )
 
 
-async def _measure(folder: Path, request: LinkRequest) -> tuple[dict[str, list[float]], dict[str, Any]]:
+async def _measure(
+    folder: Path, request: LinkRequest, recording: Recording
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     rng = random.Random(request.seed)
-    recording = await asyncio.to_thread(record, folder / "recorded", RECORDED_STEPS)
     samples: dict[str, list[float]] = {
         f"{what}-{kind}": [] for kind in KINDS for what in ("notice", "reconnect", "drain")
     }
@@ -90,8 +92,10 @@ async def _measure(folder: Path, request: LinkRequest) -> tuple[dict[str, list[f
         url = await way.open()
         robot = ChainedRobot(url, robot_folder, recording)
         stack.callback(robot.close)
+        stack.push_async_callback(robot.link.close, drain=False)
         await robot.link.open()
         driving = asyncio.create_task(robot.drive(monotonic_ns(), FOR_EVER_S, create_spec().cycle_ns), name="driving")
+        stack.callback(driving.cancel)
         for _ in range(request.rounds):
             for kind in KINDS:
                 await asyncio.sleep(rng.uniform(*BETWEEN_S))

@@ -19,11 +19,10 @@ import pickle
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import uvloop
@@ -68,7 +67,11 @@ class TransportRequest:
 
 def measure_transport(request: TransportRequest) -> Findings:
     """Round trips of every way, and what experience takes on the wire."""
-    samples = uvloop.run(_measure(request))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="relod-bench-"))
+        starting = {name: stack.enter_context(_serving(name)) for name in WAYS}
+        ports = {name: port() for name, port in starting.items()}
+        samples = uvloop.run(_measure(request, ports, Path(folder)))
     medians = {name: [float(np.median(block)) for block in blocks] for name, blocks in samples.items()}
     told = experience_bytes()
     notes = [
@@ -87,14 +90,12 @@ def measure_transport(request: TransportRequest) -> Findings:
     )
 
 
-async def _measure(request: TransportRequest) -> dict[str, list[list[float]]]:
+async def _measure(request: TransportRequest, ports: Mapping[str, int], folder: Path) -> dict[str, list[list[float]]]:
     """Milliseconds of each exchange of each block, by way; the ways take turns, one more block warms up."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in WAYS}
+    samples: dict[str, list[list[float]]] = {name: [] for name in ports}
     async with contextlib.AsyncExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="relod-bench-")))
-        ports = {name: stack.enter_context(_serving(name)) for name in WAYS}
         exchanges = {
-            name: await stack.enter_async_context(WAYS[name][1](ports[name](), folder / name)) for name in WAYS
+            name: await stack.enter_async_context(WAYS[name][1](port, folder / name)) for name, port in ports.items()
         }
         for _ in range(request.rounds + 1):
             for name, exchange in exchanges.items():
@@ -126,7 +127,7 @@ def new_frames() -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _serving(name: str) -> Iterator[Any]:
+def _serving(name: str) -> Iterator[Callable[[], int]]:
     """The server of a way in a process of its own; gives what waits for its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
