@@ -29,11 +29,9 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Each in its short form, some minutes; the tables of benchmarks/README.md become what this machine measured.
 bench: $(STAMP)
-	$(BIN)/python benchmarks/render.py
-	$(BIN)/python benchmarks/virtual_speed.py
-	$(BIN)/python benchmarks/stopping.py
-	$(BIN)/python benchmarks/realtime.py
+	$(BIN)/relod bench all --short --tables benchmarks/README.md
 
 # The README's first picture: three runs in real time, 45 minutes.
 curves: $(STAMP)

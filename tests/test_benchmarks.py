@@ -19,12 +19,3 @@ def test_it_can_be_imported(name, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     monkeypatch.setattr(sys, "argv", [name])
     assert importlib.import_module(name)
-
-
-def test_the_transports_learner_lets_robots_in(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    transport = importlib.import_module("transport")
-    join = type(
-        "Join", (), {"robot": "a", "run": "0" * 32, "acts": "learner", "task": transport.create_spec(), "codec": "raw"}
-    )
-    assert transport.Hall(thread=False).admit(join).welcome.policy_size == 1

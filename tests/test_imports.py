@@ -58,6 +58,7 @@ def test_the_robots_path_imports_no_torch():
     [
         *("", "robot", "replay", "check", "modes", "settings", "plot"),
         *("log", "log export", "emulate", "emulate create", "emulate track"),
+        *("bench", "bench update", "bench all"),
     ],
 )
 def test_help_loads_nothing_heavy(command):

@@ -35,6 +35,7 @@ LOADS: dict[str, tuple[str, ...]] = {
     "load": ("agent.max_updates_per_step=1000",),
 }
 STAGES = {"sentinel": "sentinel", "loop": "lateness", "act": "act"}  # of a series, as spans.json calls it
+LONGER = "the worker gets what time other programs leave: measure for longer with --seconds, or when less is going on"
 SLICES = 10  # of a run, for the spread of its ratio
 
 Spans = npt.NDArray[Any]
@@ -47,6 +48,7 @@ class ControlRequest:
     seconds: float = SECONDS
     task: str = "create"
     seed: int = 0
+    assignments: tuple[str, ...] = ()  # settings of both runs
 
     def __post_init__(self) -> None:
         registry.task(self.task)
@@ -61,12 +63,13 @@ def measure_control(request: ControlRequest) -> Findings:
     for load in LOADS:
         print(f"relod: control, {load}: {request.seconds:g} s of experience", file=sys.stderr)
         runs[load], spans = _run(request, load)
-        found = late_ms(spans, len(spans["update"]) and int(spans["update"]["end_ns"][0]))
+        found = late_ms(spans, int(spans["update"]["end_ns"][0]))
         samples |= {f"{name}-{load}": Series(values=values) for name, values in found.items()}
         ratios[f"loop-{load}"] = ratio_to_sentinel(found["loop"], found["sentinel"], f"sentinel-{load}")
     return Findings(
         benchmark="control",
-        parameters={"seconds": request.seconds, "task": request.task, "seed": request.seed},
+        parameters={"seconds": request.seconds, "task": request.task, "seed": request.seed}
+        | ({"set": list(request.assignments)} if request.assignments else {}),
         samples=samples,
         ratios=ratios,
         facts={"runs": runs},
@@ -77,7 +80,7 @@ def measure_control(request: ControlRequest) -> Findings:
 def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, Spans]]:
     """What a run printed, and its spans by stage."""
     with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder:
-        settings = (*ALWAYS, *LOADS[load], f"run.folder={folder}")
+        settings = (*ALWAYS, *LOADS[load], *request.assignments, f"run.folder={folder}")
         options = [word for each in settings for word in ("--set", each)]
         size = ("--seed", str(request.seed), "--minutes", f"{request.seconds / 60:.6f}")
         ended = run_relod(["robot", "--json", "--task", request.task, *size, *options])
@@ -86,7 +89,7 @@ def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, 
         told = ended.document
         spans = read_spans(Path(told["run_dir"]))
     if not len(spans["update"]):
-        raise StartError(f"no update in {request.seconds:g} s", "measure for longer: --seconds 10")
+        raise StartError(f"no update in {request.seconds:g} s", LONGER)
     told["updates_per_s"] = round(told["updates"] / told["wall_s"], 2)
     kept = ("updates", "updates_per_s", "cycles", "overruns", "overruns_not_shared", "late_actions", "steps", "wall_s")
     figures = [name for name in told if name.endswith("_ms")]
@@ -108,7 +111,7 @@ def late_ms(spans: Mapping[str, Spans], from_ns: int) -> dict[str, list[float]]:
         kept = spans[stage][spans[stage]["start_ns"] >= from_ns]
         found[name] = [float(each) for each in (kept["end_ns"] - kept["start_ns"]) / NS_PER_MS]
         if len(found[name]) < SLICES:
-            raise StartError(f"only {len(found[name])} samples of {name}", "measure for longer: --seconds 10")
+            raise StartError(f"only {len(found[name])} samples of {name} after the first update", LONGER)
     return found
 
 

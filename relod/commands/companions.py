@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import JsonOption, SeedOption, TaskOption
+from .options import JsonOption, SeedOption, SetOption, TaskOption
 from .output import end, print_json
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def bench_control(
     ] = None,
     task: TaskOption = "create",
     seed: SeedOption = 0,
+    assignments: SetOption = None,
     short: ShortOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -116,7 +117,7 @@ def bench_control(
     from ..bench.form import size_of
 
     size = size_of("--seconds", seconds, short=short, shortest=control.SHORT_SECONDS, usual=control.SECONDS)
-    request = control.ControlRequest(seconds=size, task=task, seed=seed)
+    request = control.ControlRequest(seconds=size, task=task, seed=seed, assignments=tuple(assignments or ()))
     _report(lambda: control.measure_control(request), as_json, out)
 
 
