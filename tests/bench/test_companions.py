@@ -126,9 +126,9 @@ SMALL = ("--set", "agent.batch_size=8", "--set", "agent.hidden=[16]")  # a first
 REAL = {
     "transport": (["--rounds", "2", "--exchanges", "10"], {"relod", "websockets", "tcp-blocking", "pickle-stacks"}),
     "replay": (["--rounds", "1", "--steps", "600"], {"queue", "memcpy", "shared-1-thread", "shared-2-threads", "add"}),
-    "update": (["--rounds", "1", "--batch-size", "8"], {"relod-8", "straightforward-8", "sac-lite"}),
+    "update": (["--rounds", "1", "--batch-size", "8", "--threads", "1"], {"relod-8", "straightforward-8", "sac-lite"}),
     "control": (
-        ["--seconds", "6", "--task", "track", *SMALL],
+        ["--seconds", "5", "--task", "track", *SMALL],
         {"sentinel-idle", "loop-idle", "sentinel-load", "loop-load"},
     ),
     "link": (["--rounds", "1"], {"notice-reset", "reconnect-reset", "drain-silence", "greeting"}),
