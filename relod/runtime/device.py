@@ -232,7 +232,9 @@ class _Device:
             self._note_motion()
         if self._write(lambda: self._driver.command(values)):
             self._commands += 1
-            self._spans.add(Stage.ACT, int(record["tick"]), int(record["deadline_ns"]), monotonic_ns())
+            written_ns, tick = monotonic_ns(), int(record["tick"])
+            self._spans.add(Stage.ACT, tick, int(record["deadline_ns"]), written_ns)
+            self._spans.add(Stage.WRITE, tick, int(record["issued_ns"]), written_ns)
 
     def _note_motion(self) -> None:
         was_at_rest, self._at_rest = self._at_rest, False

@@ -294,6 +294,7 @@ class RobotHost:
                 spec=plan.task.spec,
                 folder=sockets,
                 wheel_log=self._folder.path / "wheels.jsonl",
+                spans=self._shared.spans,
             ),
         )
         where = await self._ready(child)

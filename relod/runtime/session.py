@@ -21,7 +21,7 @@ __all__ = ["announce", "check_steps_left", "finish", "new_spans", "open_folder"]
 
 def new_spans() -> SpanRing:
     """The ring of all processes of a robot host."""
-    return SpanRing(("control", "device", "sentinel", "worker"))
+    return SpanRing(("control", "device", "sentinel", "worker", "parent", "learner", "world"))
 
 
 def announce(plan: Plan) -> None:
