@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import EXIT_BUG, EXIT_OK
+from ..errors import EXIT_BUG, EXIT_OK, SettingsError
 from .options import (
     AlgorithmOption,
     CameraOption,
@@ -22,9 +22,10 @@ from .options import (
     RunSeedOption,
     SetOption,
     TaskOption,
+    TimingOption,
     TokenOption,
 )
-from .output import end, end_run, given, print_json, print_table
+from .output import end, end_run, given, print_json, print_table, show_timing
 
 __all__ = ["app"]
 
@@ -84,6 +85,7 @@ def robot(
     record: Annotated[
         bool, typer.Option("--record", help="Keep every input of the cycle, for `relod replay`.")
     ] = False,
+    timing: TimingOption = False,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -124,7 +126,11 @@ def robot(
         overrides=given(overrides),
         arguments=tuple(sys.argv[1:]),
     )
+    if timing and clock == "virtual":
+        raise SettingsError("--profile with --clock virtual: virtual time has no latency", "run in real time")
     result = run_robot(request)
+    if timing:
+        show_timing(result)
     end_run(result, as_json)
 
 

@@ -52,10 +52,10 @@ STAGES: tuple[StageInfo, ...] = (
     StageInfo("sensor_delay", "sensor true > received", "newest packet's values were true -> it arrived here"),
     StageInfo("frame_delay", "frame taken > received", "middle of the newest frame's exposure -> it arrived here"),
     StageInfo("sensor_wait", "received > observed", "newest packet arrived -> the observation is assembled"),
-    StageInfo("lateness", "deadline > cycle starts", "deadline of the cycle -> it starts"),
+    StageInfo("lateness", "deadline > cycle start", "deadline of the cycle -> it starts"),
     StageInfo("sentinel", "  the idle sentinel's", "deadline of a ticker that does nothing -> it wakes"),
     StageInfo("encode", "encode a frame", "a frame is taken -> it is encoded for the learner"),
-    StageInfo("send", "cycle starts > sent", "cycle starts -> its question is given to the socket"),
+    StageInfo("send", "cycle start > sent", "cycle starts -> its question is given to the socket"),
     StageInfo("uplink", "uplink", "question given to the socket -> whole at the learner"),
     StageInfo("decode", "decode", "question whole -> its images are decoded"),
     StageInfo("queue", "queue", "images decoded -> the network is asked"),
@@ -69,7 +69,7 @@ STAGES: tuple[StageInfo, ...] = (
     StageInfo("sensor_to_motion", "SENSOR TRUE > MOVED", "newest packet's values were true -> the actuators follow"),
     StageInfo("frame_to_motion", "FRAME TAKEN > MOVED", "newest frame was taken -> the actuators follow"),
     StageInfo("policy_age", "age of the policy", "a policy was first seen at the robot -> a step it acts in"),
-    StageInfo("delivery", "record > learner's log", "a record is given to the link -> its ack is here"),
+    StageInfo("delivery", "record > learner log", "a record is given to the link -> its ack is here"),
     StageInfo("step_to_memory", "step > memory", "a step reached the learner's process -> it is in log and memory"),
     StageInfo(
         "step_to_learned", "step > learned from", "a step is in memory -> the next update that can draw it ended"
@@ -105,6 +105,14 @@ class Spans:
     def none(cls) -> Spans:
         """No span at all."""
         return cls(np.zeros(0, SPAN))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def first_ns(self) -> int:
+        """When the earliest of them began; there must be one."""
+        return int(self._rows["start_ns"].min())
 
     def after(self, start_ns: int) -> Spans:
         """Those that began at `start_ns` or later."""
