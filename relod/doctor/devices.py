@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import grp
+import math
 import os
 import pwd
+import socket
 import stat
 import struct
 from collections.abc import Callable
@@ -24,6 +26,8 @@ __all__ = ["check_camera_source", "check_cameras", "check_port", "check_ports", 
 PORTS = ("/dev/ttyUSB*", "/dev/ttyACM*", "/dev/ttyAMA*", "/dev/ttyTHS*")
 CAMERA, SERIAL = "camera", "serial"
 LATENCY_MS = 1  # of an FTDI adapter; its default of 16 holds back every sensor packet of 52 bytes
+PSEUDO = "/dev/pts/"
+CONNECT_S = 1.0
 PORT_THIEVES = ("ModemManager", "brltty")  # daemons that open a serial adapter of their own accord
 
 _VIDIOC_QUERYCAP = 0x80685600
@@ -83,7 +87,9 @@ def check_camera_source(source: str) -> Finding:
     from ..runtime.cameratrial import CameraPlan, try_camera
 
     seen = try_camera(CameraPlan(source=source, settings=CameraSettings(), height=120, width=160))
-    values: dict[str, Any] = {"fps": seen.fps, "age_p50_ms": seen.age_p50_ms, "age_max_ms": seen.age_max_ms}
+    values: dict[str, Any] = {"fps": seen.fps}
+    if math.isfinite(seen.age_max_ms):
+        values |= {"age_p50_ms": seen.age_p50_ms, "age_max_ms": seen.age_max_ms}
     if seen.failure:
         mend = "more light (exposure sets the rate), a port of its own instead of a hub, or --set camera.fps"
         return wrong(CAMERA, f"{seen}: {seen.failure}", mend, seen.source, **values)
@@ -115,18 +121,32 @@ def check_port(machine: Machine, address: str) -> Finding:
         return wrong(SERIAL, f"cannot be found: {error.strerror}", mend, address)
     if not (stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)):
         raise SettingsError(f"--robot {address} is neither a serial port nor a socket", "give a device of /dev")
+    if stat.S_ISSOCK(mode):
+        return _check_socket(path, address)
     return _check_port(machine, path.resolve(), address)
+
+
+def _check_socket(path: Path, address: str) -> Finding:
+    """Of a simulated robot; connecting drives nothing."""
+    with socket.socket(socket.AF_UNIX) as wire:
+        wire.settimeout(CONNECT_S)
+        try:
+            wire.connect(str(path))
+        except OSError as error:
+            mend = "start the simulated robot again: relod emulate"
+            return wrong(SERIAL, f"socket: nobody there ({error.strerror or error})", mend, address)
+    return ok(SERIAL, "socket: somebody answers", address)
 
 
 def _check_port(machine: Machine, path: Path, address: str = "") -> Finding:
     device = machine.name_of(path)
     subject = address or device
-    label = _lasting_name(machine, path) or ("socket" if path.is_socket() else "serial port")
+    label = _lasting_name(machine, path) or ("pseudo-terminal" if device.startswith(PSEUDO) else "serial port")
     if not machine.may_use(path):
         return _no_permission(SERIAL, machine, path, label, subject)
     holders, latency_ms = _holders(machine, path), _latency_ms(machine, path)
     values: dict[str, Any] = {"label": label, "held_by": holders, "latency_timer_ms": latency_ms}
-    if holders and not path.is_socket():  # a socket's server has it open
+    if holders:
         mend = f"end it, or name another port: fuser -v {device}"
         return wrong(SERIAL, f"{label}: held by {', '.join(holders)}", mend, subject, **values)
     if latency_ms is not None and latency_ms > LATENCY_MS:
@@ -178,7 +198,7 @@ def _no_permission(name: str, machine: Machine, path: Path, label: str, subject:
 def _holders(machine: Machine, path: Path) -> list[str]:
     """Processes that have the device open or locked; of other users' only the lock can be seen."""
     device, found = machine.name_of(path), dict[int, str]()
-    for folder in machine.find("/proc/[0-9]*"):
+    for folder in machine.find("/proc/[0-9]*") if not device.startswith(PSEUDO) else ():  # its emulator has it open
         pid = int(folder.name)
         with contextlib.suppress(OSError):
             for link in (folder / "fd").iterdir():

@@ -15,7 +15,11 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import EXIT_OK, EXIT_START, SettingsError
+from .devices import check_camera_source, check_cameras, check_port, check_ports
 from .finding import Finding, Machine, State, guarded
+from .network import check_learner, check_ur5, is_path
+from .room import check_descriptors, check_disk, check_memory, check_shared_memory
+from .software import check_gpu, check_opencv, check_packages, check_system, check_torch, load_torch
 from .timing import (
     check_calendar,
     check_clock,
@@ -87,7 +91,7 @@ class Report:
         table.add_column("found", ratio=1, overflow="fold")
         for finding in self.findings:
             shown = Text(finding.state.value, style=STYLES[finding.state])
-            table.add_row(Text(finding.title), shown, Text(finding.found))
+            table.add_row(_text(finding.title), shown, _text(finding.found))
         console.print(table)
         for state, title in ((State.WRONG, "wrong"), (State.NOTE, "could be better")):
             self._print_steps(console, state, title)
@@ -100,10 +104,15 @@ class Report:
         if steps:
             console.print(Text(title, style=STYLES[state]))
         for finding in steps:
-            console.print(Text(f"  {finding.title}:"), soft_wrap=True)
-            console.print(Text(f"    {finding.mend}"), soft_wrap=True)
+            console.print(_text(f"  {finding.title}:"), soft_wrap=True)
+            console.print(_text(f"    {finding.mend}"), soft_wrap=True)
         if steps:
             console.print()
+
+
+def _text(line: str) -> Text:
+    """A line as it is, without what could move the terminal's cursor: devices and hosts have written parts of it."""
+    return Text("".join(each if each.isprintable() else "?" for each in line))
 
 
 def examine(question: Question, machine: Machine | None = None) -> Report:
@@ -111,9 +120,10 @@ def examine(question: Question, machine: Machine | None = None) -> Report:
     if question.learner is None and (question.token_file or question.ca):
         raise SettingsError("--token-file and --ca do nothing without --learner", "add --learner ws://HOST:PORT")
     machine = machine or Machine()
-    # Timers first: afterwards this process has torch's threads and memory.
+    # Timers before torch, whose threads and memory this process has afterwards.
     return Report(
         findings=(
+            *guarded("system", lambda: check_system(machine)),
             *_look_at_timing(machine),
             *_look_at_room(machine),
             *_look_at_devices(machine, question),
@@ -135,8 +145,6 @@ def _look_at_timing(machine: Machine) -> list[Finding]:
 
 
 def _look_at_room(machine: Machine) -> list[Finding]:
-    from .room import check_descriptors, check_disk, check_memory, check_shared_memory
-
     def disk() -> Finding:
         from ..config import LogSettings, RunSettings
 
@@ -151,9 +159,6 @@ def _look_at_room(machine: Machine) -> list[Finding]:
 
 
 def _look_at_devices(machine: Machine, question: Question) -> list[Finding]:
-    from .devices import check_camera_source, check_cameras, check_port, check_ports
-    from .network import is_path
-
     camera, robot = question.camera, question.robot
     return [
         *(
@@ -170,8 +175,6 @@ def _look_at_devices(machine: Machine, question: Question) -> list[Finding]:
 
 
 def _look_at_network(question: Question) -> list[Finding]:
-    from .network import check_learner, check_ur5, is_path
-
     found: list[Finding] = []
     robot, learner = question.robot, question.learner
     if robot is not None and not is_path(robot):
@@ -188,9 +191,6 @@ def _look_at_network(question: Question) -> list[Finding]:
 
 
 def _look_at_software(machine: Machine, question: Question) -> list[Finding]:
-    from .network import is_path
-    from .software import check_gpu, check_opencv, check_packages, check_torch, load_torch
-
     robot_only = question.learner is not None
     ur5 = question.robot is not None and not is_path(question.robot)
     torch = load_torch()

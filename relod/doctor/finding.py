@@ -36,6 +36,7 @@ class Finding:
 
     @property
     def title(self) -> str:
+        """What the line is about."""
         return f"{self.name} {self.subject}".rstrip()
 
 
@@ -107,10 +108,12 @@ def guarded(name: str, check: Callable[[], Finding | Sequence[Finding]], subject
         found = check()
         yield from [found] if isinstance(found, Finding) else found
     except RelodError as error:
-        yield wrong(name, error.message, error.hint, subject)
+        yield wrong(name, error.message, error.hint or "check its address, and that it is switched on", subject)
     except ImportError as error:
         missing = error.name or str(error)
-        yield wrong(name, f"not checked: {missing} cannot be imported ({error})", "see packages", subject)
+        yield wrong(
+            name, f"not checked: {missing} cannot be imported ({error})", "mend what packages and OpenCV say", subject
+        )
     except (OSError, ValueError) as error:
         yield note(name, f"could not be looked at: {error}", subject=subject)
 

@@ -137,7 +137,9 @@ def _reason(error: Exception) -> str:
 # -- a learner ---------------------------------------------------------------------------------------------------------
 
 
-def check_learner(url: str, *, token_file: Path | None, ca: Path | None, environment: Mapping[str, str]) -> Finding:
+def check_learner(
+    url: str, *, token_file: Path | None, ca: Path | None, environment: Mapping[str, str], pings: int = PINGS
+) -> Finding:
     """Whether the learner at `url` would take this robot, and how far away it is; nobody joins it.
 
     Raises:
@@ -150,7 +152,7 @@ def check_learner(url: str, *, token_file: Path | None, ca: Path | None, environ
 
     token = find_token(token_file, environment)
     dialer = Dialer(url, token=None, ca=ca, join=None)
-    probe = dialer.probe(connect_s=CONNECT_S, hello_s=HELLO_S, pings=PINGS, every_s=PING_EVERY_S)
+    probe = dialer.probe(connect_s=CONNECT_S, hello_s=HELLO_S, pings=pings, every_s=PING_EVERY_S)
     try:
         challenge, round_trips_ms = asyncio.run(probe)
     except NotNow as problem:

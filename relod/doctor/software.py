@@ -12,9 +12,22 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .. import __version__
+from ..runtime.provenance import describe
 from .finding import Finding, Machine, absent, note, ok, wrong
 
-__all__ = ["EXTRAS", "PACKAGES", "UR_RTDE", "Needed", "check_gpu", "check_opencv", "check_packages", "check_torch"]
+__all__ = [
+    "EXTRAS",
+    "PACKAGES",
+    "UR_RTDE",
+    "Needed",
+    "check_gpu",
+    "check_opencv",
+    "check_packages",
+    "check_system",
+    "check_torch",
+    "load_torch",
+]
 
 GIB = 1 << 30
 CUDA_MEND = "choose torch for this machine at https://pytorch.org/get-started/locally"
@@ -54,6 +67,16 @@ EXTRAS = (
     Needed(name="matplotlib", least="3.8", extra="plots"),
     Needed(name="tensorboard", least="2.16", extra="tb"),
 )
+
+
+def check_system(machine: Machine) -> Finding:
+    """Versions of relod, Python and the system, and the processor; what a report of a defect should have."""
+    facts: dict[str, Any] = describe([])
+    board = f"{machine.jetson}, " if machine.jetson else ""
+    found = f"relod {facts['relod'] or __version__}, Python {facts['python']}, {facts['system']}, {board}{facts['cpu']}"
+    if sys.platform != "linux":
+        return wrong("system", f"{found}: relod needs timerfd and memfd", "use Linux", **facts)
+    return ok("system", found, **facts)
 
 
 def _installed(name: str) -> str | None:
@@ -141,7 +164,7 @@ def load_torch() -> Any:
     return torch
 
 
-def check_torch(torch: Any, *, robot_only: bool) -> Finding:
+def check_torch(torch: Any, *, robot_only: bool, architecture: str = platform.machine()) -> Finding:
     """What runs the networks; `torch` as `load_torch` gives it."""
     if torch is None:
         found, mend = "not installed: only remote-only works without", "pip install 'torch>=2.5'"
@@ -157,7 +180,7 @@ def check_torch(torch: Any, *, robot_only: bool) -> Finding:
     }
     found = f"{torch.__version__}, {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU only'}"
     found += f", {torch.get_num_threads()} threads, CPU capability {capability}"
-    if platform.machine() == "x86_64" and capability == "DEFAULT":
+    if architecture == "x86_64" and capability == "DEFAULT":
         mend = "learn on a machine whose processor has AVX2: --mode remote-local"
         return note("torch", f"{found}: no AVX2, updates will be slow", mend, **values)
     return ok("torch", found, **values)
