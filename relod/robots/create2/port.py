@@ -91,7 +91,7 @@ class Port:
 
         pyserial's own write polls the port afterwards if it has a time limit, and polling a terminal waits for the
         kernel's worker that carries its input, whatever the limit: the bytes are out, and on a busy machine this
-        process stood still for up to 70 ms, and some commands that were out counted as failed. Without a limit pyserial
+        process stood still for up to 28 ms; some writes that were out ended as timeouts, too. Without a limit pyserial
         spins while the buffer is full.
         """
         left, give_up_ns = data, monotonic_ns() + int(WRITE_LIMIT_S * NS_PER_S)
