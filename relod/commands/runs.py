@@ -86,6 +86,14 @@ def robot(
         bool, typer.Option("--record", help="Keep every input of the cycle, for `relod replay`.")
     ] = False,
     timing: TimingOption = False,
+    realtime: Annotated[
+        bool | None,
+        typer.Option(
+            "--realtime/--no-realtime",
+            help="Real-time priority and locked memory for the robot's processes; ends at once where not permitted.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -99,6 +107,7 @@ def robot(
         "run.minutes": minutes,
         "run.seed": seed,
         "run.record": True if record else None,
+        "run.realtime": realtime,
         "learner.device": device,
         "log.codec": image_codec,
         "link.policy_sync": policy_sync,

@@ -2,7 +2,7 @@
 
 All stamps are `int` nanoseconds of one monotonic clock per host. `loop.time()` is never used: uvloop's is
 quantised to milliseconds and its timers fire up to 1 ms early, so deadlines wait on a timerfd, which the kernel
-wakes within its timer slack whatever the loop.
+fires to the microsecond whatever the loop: timer slack (PR_SET_TIMERSLACK) applies to sleeps and poll timeouts only.
 """
 
 from __future__ import annotations

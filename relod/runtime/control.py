@@ -29,6 +29,7 @@ from .device import CommandRing
 from .log.codec import make_look
 from .messages import MAX_MESSAGE_BYTES, Asked, CycleRecord, decode_answer, encode
 from .plan import Start
+from .scheduling import enter
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing, SpanWriter, Stage
 
@@ -75,6 +76,7 @@ class ControlJob:
     codec: str  # of the images that are kept: what it loses, the agent does not see either
     jpeg_quality: int
     policy_sync: Literal["step", "episode"]  # when a newer policy may be swapped in
+    realtime: bool = False
 
 
 def run_control(channel: Channel, job: ControlJob) -> None:
@@ -115,6 +117,8 @@ class _Control:
         ticker_period_ns = self._task.spec.cycle_ns
         timer = DeadlineTimer()
         self._job.commands.take_over()
+        if self._job.realtime:
+            enter("control")
         self._channel.send(Ready())
         finished = asyncio.create_task(self._channel.finished(self._told), name="finished")
         waiting = asyncio.create_task(self._begin.wait(), name="begin")

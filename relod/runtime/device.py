@@ -28,6 +28,7 @@ from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .commands import CommandRing, Leash, WriterWatch
 from .guardian import Guard
+from .scheduling import enter, raise_to
 from .shared import SensorRing
 from .spans import SpanRing, Stage
 
@@ -89,6 +90,7 @@ class DeviceJob:
     sensors: SensorRing
     commands: CommandRing
     spans: SpanRing  # with a row for the writer "device"
+    realtime: bool = False
 
 
 def run_device(channel: Channel, job: DeviceJob) -> None:
@@ -162,6 +164,8 @@ class _Device:
             raise SystemExit(EXIT_SIGTERM)
 
     async def _work(self) -> None:
+        if self._job.realtime:
+            enter("device")
         await self._driver.open()
         await self._start_guard()
         gc.collect()
@@ -369,6 +373,8 @@ class _Device:
                 limit_ms=self._job.safety.command_timeout_ms,
                 on_end=self._guard_ended.set,
             )
+            if self._job.realtime:
+                raise_to("guard", self._guard.pid)
 
     async def _drop_guard(self) -> None:
         if self._guard is not None:

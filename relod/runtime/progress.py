@@ -31,6 +31,7 @@ class Progress:
         self.reports: dict[str, dict[str, float | str]] = {}
         self.steps = 0
         self.lengths: list[int] = []
+        self.realtime: dict[str, Any] = {"asked": plan.settings.run.realtime, "processes": {}}
         self.cpu_cores: dict[str, float] = {}  # share of one core of each child, from ready to the end
         self._processor: tuple[int, dict[str, float]] | None = None
         self._plan, self._folder = plan, folder
@@ -158,6 +159,11 @@ class Progress:
             if now_ns > began_ns and seconds >= before_s.get(name, seconds + 1):  # not one started again since
                 self.cpu_cores[name] = round((seconds - before_s[name]) * NS_PER_S / (now_ns - began_ns), 4)
 
+    def scheduled(self, processes: dict[str, dict[str, Any]]) -> None:
+        """How the kernel schedules the children, as `scheduling.described` found it."""
+        self.realtime["processes"] |= processes
+        self.state.realtime = processes.get("control", {}).get("policy") == "SCHED_FIFO"
+
     def _see_policy(self, version: tuple[int, int], acted_ns: int) -> None:
         if version == (0, 0):
             return
@@ -231,6 +237,7 @@ class Progress:
             "overruns": int(control.get("overruns", 0)),
             "restarts": self.restarts,
             "cpu_cores": self.cpu_cores,
+            "realtime": self.realtime,
             "frames_lost": self.frames_lost,
             "steps_dropped": int(self.reports.get("worker", {}).get("dropped", 0)),
             "actions_rejected": int(control.get("rejected", 0)),
