@@ -137,7 +137,7 @@ SEEDS = (
     wire.pack(wire.Refused(exit_code=3, message="no", hint="go", retry=True)),
     wire.pack(wire.Ack(seq=1)),
     wire.pack(wire.PolicyPart(version=(1, 2), precision="float16", size=POLICY_VALUES, offset=0), bytes(32)),
-    wire.pack(wire.Answer(ask=1, version=(1, 2), actions=2, act_ms=0.5), bytes(12)),
+    wire.pack(wire.Answer(ask=1, version=(1, 2), actions=2), bytes(12)),
     wire.pack(wire.Pong(sent_ns=1, received_ns=2, replied_ns=3)),
     wire.pack(wire.LearnerNews(updates=1, updates_per_s=2.0, replay_steps=3, env_steps=4, metrics={"loss": 0.5})),
     wire.pack(wire.Hold(reason="")),

@@ -29,6 +29,7 @@ for part in (runs, looking, emulators, benchmarks):
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code (see `relod.errors`)."""
+    arguments = _spelled_out(arguments)
     debug = "--debug" in arguments
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, stream=sys.stderr)
     try:
@@ -51,6 +52,13 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             raise
         return _unwrap(group)
+
+
+def _spelled_out(arguments: Sequence[str]) -> list[str]:
+    """`--profile` without a name asks where the time goes; with one, it names settings."""
+    following = [*arguments[1:], "--"]
+    bare = [one == "--profile" and next_.startswith("-") for one, next_ in zip(arguments, following, strict=True)]
+    return ["--timing" if is_bare else one for one, is_bare in zip(arguments, bare, strict=True)]
 
 
 def _unwrap(group: BaseExceptionGroup) -> int:

@@ -38,6 +38,9 @@ class RunSettings(Section, frozen=True):
     folder: Annotated[str, Meta(description="where run folders are made")] = "runs"
     metrics_every_s: Annotated[float, Meta(gt=0, description="time between two lines of metrics.jsonl")] = 5.0
     record: Annotated[bool, Meta(description="keep every input of the cycle, for `relod replay`")] = False
+    realtime: Annotated[
+        bool, Meta(description="real-time priority and locked memory for the processes between senses and motors")
+    ] = False
     tensorboard: Annotated[bool, Meta(description="write TensorBoard events too (needs relod[tb])")] = False
 
 

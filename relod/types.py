@@ -29,6 +29,7 @@ __all__ = [
     "Step",
     "Task",
     "TaskSpec",
+    "Witness",
 ]
 
 Image: TypeAlias = npt.NDArray[np.uint8]
@@ -215,6 +216,18 @@ class Actor(Protocol):
 
     def act(self, observation: Observation) -> Action | None:
         """The action for `observation`, or None when it will come later (`Cycle.answer`); must not block."""
+        ...
+
+
+class Witness(Protocol):
+    """Who hears what a simulated robot says of itself, by its own clock readings; its methods are quick."""
+
+    def sensed(self, true_ns: int, sent_ns: int) -> None:
+        """A packet's values were true at `true_ns` and all of it was on the wire at `sent_ns`."""
+        ...
+
+    def obeyed(self, came_ns: int, moved_ns: int) -> None:
+        """A command of motion came at `came_ns`, and from `moved_ns` on, which may lie ahead, the actuators follow."""
         ...
 
 

@@ -73,6 +73,7 @@ def told(capsys):
         (["--robot", "/dev/ttyUSB0", "--camera", "sim"], "--allow-mixed"),
         (["--clock", "virtual", "--robot", "/dev/ttyUSB0", "--camera", "0"], "--clock virtual has no hardware"),
         (["--clock", "virtual", "--record"], "not recorded"),
+        (["--clock", "virtual", "--realtime"], "--realtime with --clock virtual, which has no deadlines"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_on_stderr(told, arguments, said):

@@ -56,7 +56,7 @@ def test_the_robots_path_imports_no_torch():
 @pytest.mark.parametrize(
     "command",
     [
-        *("", "robot", "replay", "check", "modes", "settings", "plot"),
+        *("", "robot", "replay", "check", "modes", "settings", "plot", "doctor"),
         *("log", "log export", "emulate", "emulate create", "emulate track"),
         *("bench", "bench update", "bench all"),
     ],
@@ -65,6 +65,11 @@ def test_help_loads_nothing_heavy(command):
     arguments = [*command.split(), "--help"]
     code = f"from relod import cli\nassert cli.run({arguments!r}) == 0"
     assert loaded_by(code, HEAVY) == set()
+
+
+@pytest.mark.slow
+def test_the_doctor_starts_where_everything_is_missing():
+    assert loaded_by("import relod.doctor.examination", (*HEAVY, "msgspec", "websockets", "serial")) == set()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import pytest
 
 from relod.runtime.checkpoint import newest_readable
 from relod.runtime.log.reader import LogReader
+from relod.runtime.scheduling import PRIORITIES, Permitted, refusal
 from relod.types import Step
 from tests.commands import emulator, relod, robot, stood_after_ms
 
@@ -55,6 +56,26 @@ def test_main_job(tmp_path: Path) -> None:
             assert (folder / name).stat().st_size > 0, name
         assert list((folder / "checkpoints").glob("*.safetensors"))
     assert set(os.listdir("/dev/shm")) <= before, "shared memory was left behind"
+
+
+def test_real_time_or_one_line_that_says_what_is_not_permitted(tmp_path: Path) -> None:
+    with robot(tmp_path, "--steps", "60", "--realtime") as run:
+        code = run.wait()
+        if lacking := refusal(Permitted.here()):
+            assert (code, run.messages().count("\n")) == (3, 1)
+            assert f"--realtime is not permitted here: {lacking}" in run.messages()
+            return
+        assert code == 0, run.messages()
+        result = run.result()
+    on_the_path = ("guard", "device", "control", "sentinel")
+    found = result["realtime"]["processes"]
+    assert {name: found[name] for name in on_the_path} == {
+        name: {"policy": "SCHED_FIFO", "priority": PRIORITIES[name], "memory_locked": True} for name in on_the_path
+    }
+    assert {found[name]["policy"] for name in ("camera", "world")} == {"SCHED_OTHER"}
+    assert found["worker"]["policy"] == "SCHED_IDLE"
+    assert result["stopped_cleanly"] is True
+    assert json.loads((tmp_path / result["run_dir"] / "run.json").read_text())["realtime"]["asked"] is True
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import SettingsError
 from . import companions
 from .options import (
     JsonOption,
@@ -62,3 +64,26 @@ def bench_latency(
     if as_json:
         print_json(document)
     end(code)
+
+
+@bench.command("report")
+def bench_report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, for example runs/latest.", metavar="RUN...")],
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the spans of one run for ui.perfetto.dev.", metavar="FILE.json")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where the time of runs went, stage by stage and side by side."""
+    from ..bench.report import compare_runs, format_runs
+    from ..bench.trace import write_trace
+
+    if trace is not None and len(runs) != 1:
+        raise SettingsError(f"--trace with {len(runs)} runs", "name one run")
+    found = compare_runs(runs)
+    if trace is not None:
+        print(f"relod: {write_trace(found[0], trace)} spans in {trace}", file=sys.stderr)
+    if as_json:
+        print_json({"runs": [run.to_dict() for run in found]})
+    else:
+        print(format_runs(found))

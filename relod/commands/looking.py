@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +11,13 @@ import typer
 
 from ..errors import StartError
 from .options import (
+    CameraOption,
     JsonOption,
     LogArgument,
     TaskOption,
+    TokenOption,
 )
-from .output import print_columns, print_json, print_rows, print_table
+from .output import end, print_columns, print_json, print_rows, print_table
 
 __all__ = ["app"]
 
@@ -110,6 +113,36 @@ def log_export(
         print_json(index)
     else:
         print(f"episodes: {len(index['episodes'])}, in {out} with index.json")
+
+
+@app.command()
+def doctor(
+    robot: Annotated[
+        str | None,
+        typer.Option(help="Also this robot: a serial port, or the host of a UR controller.", metavar="ADDRESS"),
+    ] = None,
+    camera: CameraOption = None,
+    learner: Annotated[
+        str | None, typer.Option(help="Also the way to this learner: ws://HOST:PORT or wss://.", metavar="URL")
+    ] = None,
+    token_file: TokenOption = None,
+    ca: Annotated[Path | None, typer.Option("--ca", help="Certificate to trust, for wss://.", metavar="FILE")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What is wrong on this machine for relod, and what mends it; nothing moves. Exit code 3 when something is."""
+    from rich.console import Console
+
+    from ..doctor.examination import Question, examine
+
+    question = Question(
+        robot=robot, camera=camera, learner=learner, token_file=token_file, ca=ca, environment=dict(os.environ)
+    )
+    report = examine(question)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        report.print(Console())
+    end(report.exit_code)
 
 
 @app.command()

@@ -23,6 +23,7 @@ __all__ = [
     "SeedOption",
     "SetOption",
     "TaskOption",
+    "TimingOption",
     "TokenOption",
     "WorldOption",
 ]
@@ -61,6 +62,10 @@ ProfileOption = Annotated[
         help="Further settings, on top of the preset: laptop or jnano-em for a weaker learner; upstream of the ur5"
         " tasks for their published code's."
     ),
+]
+TimingOption = Annotated[
+    bool,
+    typer.Option("--timing", help="Say at the end where the time went, stage by stage; a bare --profile is the same."),
 ]
 RunSeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of every random stream.")]
 LogArgument = Annotated[Path, typer.Argument(help="Folder of a run, for example runs/latest.")]

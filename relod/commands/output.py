@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
-__all__ = ["end", "end_run", "given", "print_columns", "print_json", "print_rows", "print_table"]
+from ..errors import StartError
+
+__all__ = ["end", "end_run", "given", "print_columns", "print_json", "print_rows", "print_table", "show_timing"]
 
 
 def end(code: int) -> NoReturn:
@@ -23,6 +26,20 @@ def end_run(result: Any, as_json: bool) -> NoReturn:
     if result.error is not None:
         print(f"relod: {result.error}", file=sys.stderr)
     end(result.exit_code)
+
+
+def show_timing(result: Any) -> None:
+    """Where a run's time went, on stderr, and as `timing` in its document; nothing for a run that has no cycle."""
+    from ..bench.report import RunTiming, format_runs
+
+    if "run_dir" not in result.summary:
+        return
+    try:
+        run = RunTiming.read(Path(result.summary["run_dir"]))
+    except StartError:
+        return
+    result.summary["timing"] = run.to_dict()
+    print(format_runs([run]), file=sys.stderr)
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import EXIT_BUG, EXIT_OK
+from ..errors import EXIT_BUG, EXIT_OK, SettingsError
 from .options import (
     AlgorithmOption,
     CameraOption,
@@ -22,9 +22,10 @@ from .options import (
     RunSeedOption,
     SetOption,
     TaskOption,
+    TimingOption,
     TokenOption,
 )
-from .output import end, end_run, given, print_json, print_table
+from .output import end, end_run, given, print_json, print_table, show_timing
 
 __all__ = ["app"]
 
@@ -84,6 +85,15 @@ def robot(
     record: Annotated[
         bool, typer.Option("--record", help="Keep every input of the cycle, for `relod replay`.")
     ] = False,
+    timing: TimingOption = False,
+    realtime: Annotated[
+        bool | None,
+        typer.Option(
+            "--realtime/--no-realtime",
+            help="Real-time priority and locked memory for the robot's processes; ends at once where not permitted.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
     as_json: JsonOption = False,
@@ -97,6 +107,7 @@ def robot(
         "run.minutes": minutes,
         "run.seed": seed,
         "run.record": True if record else None,
+        "run.realtime": realtime,
         "learner.device": device,
         "log.codec": image_codec,
         "link.policy_sync": policy_sync,
@@ -124,7 +135,11 @@ def robot(
         overrides=given(overrides),
         arguments=tuple(sys.argv[1:]),
     )
+    if timing and clock == "virtual":
+        raise SettingsError("--profile with --clock virtual: virtual time has no latency", "run in real time")
     result = run_robot(request)
+    if timing:
+        show_timing(result)
     end_run(result, as_json)
 
 

@@ -6,30 +6,29 @@ is this robot on this computer; nothing is assumed from documentation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ..config import CameraSettings
 from ..errors import EXIT_OK, EXIT_SAFETY, StartError
-from .clock import NS_PER_MS, NS_PER_S, monotonic_ns
+from .clock import NS_PER_S
 from .device import MAY_BE_MOVING
 from .trial import SPIN_UP_S, Death, DeviceTrial, TrialPlan
 
-__all__ = ["CameraPlan", "CameraResult", "CheckResult", "MotionResult", "StopResult", "run_check"]
+if TYPE_CHECKING:
+    from .cameratrial import CameraPlan, CameraResult
+
+__all__ = ["CheckResult", "MotionResult", "StopResult", "run_check"]
 
 MOTION_S = 1.6  # the second half is measured: 0.8 s, some 200 encoder counts
 SPEED_TOLERANCE = 0.25  # of what was asked; wheels in the air differ by a few per cent
 STILL_SPEED = 0.1  # of what was asked: what the other parts of the robot may seem to do
 # After it is noticed a stop takes 17 ms to act, up to 0.3 s to stand from the fastest speed, 40 ms to be seen.
 STOP_ALLOWED_MS = 400.0
-CAMERA_S = 2.0
-CAMERA_READ_S = 1.0
 
 STOP_ORDER = (
     Death.COMMANDS_STOP,
@@ -39,28 +38,6 @@ STOP_ORDER = (
     Death.DEVICE_HANGS,
     Death.DEVICE_TERMINATED,  # last: its end is orderly, so the robot is left as it should be
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CameraPlan:
-    """The camera to look through, and the size the task wants."""
-
-    source: str
-    settings: CameraSettings
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CameraResult:
-    """What the camera does."""
-
-    source: str
-    width: int
-    height: int
-    fps: float
-    age_p50_ms: float  # capture to arrival here, as well as the source tells
-    age_max_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,34 +130,12 @@ def _look_at_sensors(trial: DeviceTrial, result: CheckResult, console: Console) 
 
 
 def _look_at_camera(plan: CameraPlan, result: CheckResult, console: Console) -> None:
-    from ..robots.camera import CameraReader, parse_source  # OpenCV is needed for cameras only
+    from .cameratrial import try_camera  # OpenCV is needed for cameras only
 
-    ages_ms: list[float] = []
-    shape = (0, 0, 3)
-    with CameraReader(parse_source(plan.source), plan.settings, height=plan.height, width=plan.width) as reader:
-        begin_ns = monotonic_ns()
-        while monotonic_ns() - begin_ns < CAMERA_S * NS_PER_S:
-            capture = reader.read(CAMERA_READ_S)
-            if capture is not None:
-                ages_ms.append((capture.arrived_ns - capture.captured_ns) / NS_PER_MS)
-                shape = capture.image.shape
-        duration_s = (monotonic_ns() - begin_ns) / NS_PER_S
-    ages_ms.sort()
-    result.camera = CameraResult(
-        source=str(parse_source(plan.source)),
-        width=shape[1],
-        height=shape[0],
-        fps=round(len(ages_ms) / duration_s, 1),
-        age_p50_ms=round(ages_ms[len(ages_ms) // 2], 1) if ages_ms else math.inf,
-        age_max_ms=round(ages_ms[-1], 1) if ages_ms else math.inf,
-    )
-    seen = result.camera
-    console.print(
-        f"camera {seen.source}: {seen.width}x{seen.height}, {seen.fps:g} frames/s, "
-        f"age {seen.age_p50_ms:g} ms (most {seen.age_max_ms:g} ms)"
-    )
-    if seen.fps < plan.settings.fps / 2:
-        result.failures.append(f"the camera delivers {seen.fps:g} frames/s where {plan.settings.fps:g} were asked for")
+    result.camera = seen = try_camera(plan)
+    console.print(f"camera {seen.source}: {seen}")
+    if seen.failure:
+        result.failures.append(seen.failure)
 
 
 def _try_motions(trial: DeviceTrial, result: CheckResult, console: Console) -> None:

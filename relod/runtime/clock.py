@@ -2,7 +2,7 @@
 
 All stamps are `int` nanoseconds of one monotonic clock per host. `loop.time()` is never used: uvloop's is
 quantised to milliseconds and its timers fire up to 1 ms early, so deadlines wait on a timerfd, which the kernel
-wakes within its timer slack whatever the loop.
+fires to the microsecond whatever the loop: timer slack (PR_SET_TIMERSLACK) applies to sleeps and poll timeouts only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ __all__ = [
     "cpu_seconds_of",
     "cpu_seconds_of_tree",
     "monotonic_ns",
+    "monotonic_resolution_ns",
     "sleep_until",
     "utc_seconds",
+    "utc_synchronised",
 ]
 
 NS_PER_S = 1_000_000_000
@@ -37,6 +39,8 @@ NS_PER_MS = 1_000_000
 _TFD_NONBLOCK = 0o4000
 _TFD_CLOEXEC = 0o2000000
 _TFD_TIMER_ABSTIME = 1
+_TIMEX_BYTES = 512  # struct timex has 208 on 64-bit machines
+_TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
 
 def monotonic_ns() -> int:
@@ -47,6 +51,21 @@ def monotonic_ns() -> int:
 def utc_seconds() -> float:
     """Seconds since 1970, for names and records; never for control."""
     return time.time()
+
+
+def monotonic_resolution_ns() -> int:
+    """The smallest step of `monotonic_ns`, as the kernel says; 1 with high-resolution timers."""
+    return round(time.clock_getres(time.CLOCK_MONOTONIC) * NS_PER_S)
+
+
+def utc_synchronised() -> bool:
+    """Whether the kernel's calendar clock is kept right by somebody, such as an NTP client. `OSError`: not told."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    question = ctypes.create_string_buffer(_TIMEX_BYTES)  # zero modes: only ask
+    state = libc.adjtimex(question)
+    if state < 0:
+        raise OSError(ctypes.get_errno(), "adjtimex failed")
+    return int(state) != _TIME_ERROR
 
 
 def cpu_seconds() -> float:

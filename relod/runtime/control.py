@@ -21,7 +21,7 @@ import uvloop
 from ..config import SafetySettings
 from ..errors import SafetyStop
 from ..seeds import random_stream
-from ..types import Actor, Command, Frame, Observation, Task
+from ..types import Action, Actor, Command, Frame, Observation, Task
 from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
@@ -29,6 +29,7 @@ from .device import CommandRing
 from .log.codec import make_look
 from .messages import MAX_MESSAGE_BYTES, Asked, CycleRecord, decode_answer, encode
 from .plan import Start
+from .scheduling import enter
 from .shared import FrameRing, SensorRing
 from .spans import SpanRing, SpanWriter, Stage
 
@@ -75,6 +76,7 @@ class ControlJob:
     codec: str  # of the images that are kept: what it loses, the agent does not see either
     jpeg_quality: int
     policy_sync: Literal["step", "episode"]  # when a newer policy may be swapped in
+    realtime: bool = False
 
 
 def run_control(channel: Channel, job: ControlJob) -> None:
@@ -88,9 +90,10 @@ class _Control:
         self._task = job.build_task()
         self._host = job.build_actor()
         spec = self._task.spec
+        self._actor = _TimedActor(self._host.actor)
         self._cycle = Cycle(
             task=self._task,
-            actor=self._host.actor,
+            actor=self._actor,
             safety=job.safety,
             rng=random_stream(job.seed, job.start.stream("reset")),
             shrink=make_look(job.codec, job.jpeg_quality, image_hw=spec.image_hw),
@@ -114,6 +117,8 @@ class _Control:
         ticker_period_ns = self._task.spec.cycle_ns
         timer = DeadlineTimer()
         self._job.commands.take_over()
+        if self._job.realtime:
+            enter("control")
         self._channel.send(Ready())
         finished = asyncio.create_task(self._channel.finished(self._told), name="finished")
         waiting = asyncio.create_task(self._begin.wait(), name="begin")
@@ -165,7 +170,7 @@ class _Control:
         self._waiting = tick.asked is not None
         self._spans.add(Stage.DECIDE, index, sensed_ns, monotonic_ns())
         # From here on the robot has its command; the rest is slack.
-        self._stamp_ages(index, start_ns, inputs)
+        self._stamp(index, start_ns, inputs)
         self._send(start_ns, inputs, tick, version)
         between = self._job.policy_sync == "step" or tick.phase is not Phase.RUNNING
         if between and self._host.poll():
@@ -217,11 +222,15 @@ class _Control:
             request_id=self._request_id,
         )
 
-    def _stamp_ages(self, index: int, start_ns: int, inputs: Inputs) -> None:
+    def _stamp(self, index: int, start_ns: int, inputs: Inputs) -> None:
+        if (asked := self._actor.take()) is not None:
+            self._spans.add(Stage.INFERENCE, index, *asked)
         if self._cycle.phase is not Phase.RUNNING:
             return
+        newest = inputs.frames[-1]
         self._spans.add(Stage.SENSOR_AGE, index, int(inputs.window.arrived_ns[-1]), start_ns)
-        self._spans.add(Stage.FRAME_AGE, index, inputs.frames[-1].captured_ns, start_ns)
+        self._spans.add(Stage.FRAME_AGE, index, newest.captured_ns, start_ns)
+        self._spans.add(Stage.FRAME_ARRIVAL, index, newest.captured_ns, newest.arrived_ns)
 
     def _send(self, now_ns: int, inputs: Inputs, tick: Tick, version: tuple[int, int]) -> None:
         if self._job.record:
@@ -295,6 +304,26 @@ class _Control:
         if inputs is not None and inputs.frames:
             values["frame_age_ms"] = (monotonic_ns() - inputs.frames[-1].captured_ns) / NS_PER_MS
         self._channel.send(Report(values))
+
+
+class _TimedActor:
+    """An actor that remembers when it was asked last, and when it had answered."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._actor = actor
+        self._asked: tuple[int, int] | None = None
+
+    def act(self, observation: Observation) -> Action | None:
+        asked_ns = monotonic_ns()
+        action = self._actor.act(observation)
+        if action is not None:
+            self._asked = asked_ns, monotonic_ns()
+        return action
+
+    def take(self) -> tuple[int, int] | None:
+        """Both stamps, once."""
+        asked, self._asked = self._asked, None
+        return asked
 
 
 def _record(now_ns: int, inputs: Inputs, tick: Tick, version: tuple[int, int]) -> CycleRecord:

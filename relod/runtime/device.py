@@ -28,6 +28,7 @@ from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .commands import CommandRing, Leash, WriterWatch
 from .guardian import Guard
+from .scheduling import enter, raise_to
 from .shared import SensorRing
 from .spans import SpanRing, Stage
 
@@ -89,6 +90,7 @@ class DeviceJob:
     sensors: SensorRing
     commands: CommandRing
     spans: SpanRing  # with a row for the writer "device"
+    realtime: bool = False
 
 
 def run_device(channel: Channel, job: DeviceJob) -> None:
@@ -162,6 +164,8 @@ class _Device:
             raise SystemExit(EXIT_SIGTERM)
 
     async def _work(self) -> None:
+        if self._job.realtime:
+            enter("device")
         await self._driver.open()
         await self._start_guard()
         gc.collect()
@@ -232,7 +236,9 @@ class _Device:
             self._note_motion()
         if self._write(lambda: self._driver.command(values)):
             self._commands += 1
-            self._spans.add(Stage.ACT, int(record["tick"]), int(record["deadline_ns"]), monotonic_ns())
+            written_ns, tick = monotonic_ns(), int(record["tick"])
+            self._spans.add(Stage.ACT, tick, int(record["deadline_ns"]), written_ns)
+            self._spans.add(Stage.WRITE, tick, int(record["issued_ns"]), written_ns)
 
     def _note_motion(self) -> None:
         was_at_rest, self._at_rest = self._at_rest, False
@@ -367,6 +373,8 @@ class _Device:
                 limit_ms=self._job.safety.command_timeout_ms,
                 on_end=self._guard_ended.set,
             )
+            if self._job.realtime:
+                raise_to("guard", self._guard.pid)
 
     async def _drop_guard(self) -> None:
         if self._guard is not None:

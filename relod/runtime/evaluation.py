@@ -102,7 +102,9 @@ def _plan(request: EvalRequest, run: Mapping[str, Any]) -> Plan:
     if request.task is None and "spec" in run:
         raise SettingsError(f"{request.run} is a learner's run, which has no task of its own", "name it with --task")
     clock = request.clock or ("virtual" if request.robot is None else "wall")
-    seed = {} if request.seed is None else {"run.seed": request.seed}
+    own: dict[str, object] = {} if request.seed is None else {"run.seed": request.seed}
+    if clock == "virtual":
+        own |= {"run.realtime": False}
     learner = None
     if "spec" in run:  # of a learner: its robots have sent such images
         image_hw = tuple(run["spec"]["image_hw"])
@@ -121,7 +123,7 @@ def _plan(request: EvalRequest, run: Mapping[str, Any]) -> Plan:
             config=request.run / "settings.toml",
             environment=request.environment,
             assignments=request.assignments,
-            overrides={**seed, "run.folder": str(request.run.resolve() / "evaluations"), **SHORT},
+            overrides={**own, "run.folder": str(request.run.resolve() / "evaluations"), **SHORT},
         ),
         PLACES,
         learner,

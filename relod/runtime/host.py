@@ -31,6 +31,7 @@ from .profile import Profile
 from .progress import Progress
 from .recording import Recorder
 from .rundir import RunFolder
+from .scheduling import described
 from .screen import View
 from .sentinel import SentinelJob
 from .shared import FrameRing, SensorRing
@@ -260,12 +261,13 @@ class RobotHost:
                     codec=plan.settings.log.codec,
                     jpeg_quality=plan.settings.log.jpeg_quality,
                     policy_sync="episode" if opening.between_episodes else plan.settings.link.policy_sync,
+                    realtime=plan.settings.run.realtime,
                 ),
             ),
             supervisor.start(
                 "sentinel",
                 "relod.runtime.sentinel:run_sentinel",
-                lambda: SentinelJob(spans=shared.spans),
+                lambda: SentinelJob(spans=shared.spans, realtime=plan.settings.run.realtime),
                 restart=True,
             ),
             *(supervisor.start(extra.name, extra.target, extra.job, restart=True) for extra in self._extra),
@@ -274,7 +276,8 @@ class RobotHost:
         address, source = await self._start_world(sockets)
         children += [self._start_device(address), self._start_camera(source)]
         await self._all_ready(children)
-        self.progress.processor(supervisor.cpu_seconds())
+        self._account()
+        self._folder.update_run({"realtime": self.progress.realtime})
         self._running = True
         supervisor.tell("control", HOLD + self._hold)
         supervisor.tell("control", BEGIN)
@@ -294,6 +297,7 @@ class RobotHost:
                 spec=plan.task.spec,
                 folder=sockets,
                 wheel_log=self._folder.path / "wheels.jsonl",
+                spans=self._shared.spans,
             ),
         )
         where = await self._ready(child)
@@ -313,6 +317,7 @@ class RobotHost:
                 commands=shared.commands,
                 spans=shared.spans,
                 safety=plan.settings.safety,
+                realtime=plan.settings.run.realtime,
             ),
             restart=True,
         )
@@ -384,9 +389,14 @@ class RobotHost:
                 next_metrics_ns = monotonic_ns() + period_ns
                 self._guarded(lambda: self.progress.write_metrics(self._profile))
                 if self._running:
-                    self.progress.processor(self._supervisor.cpu_seconds())
+                    self._account()
             view.show(self.progress.state, monotonic_ns())
             await asyncio.sleep(VIEW_PERIOD_S)
+
+    def _account(self) -> None:
+        """What the children take of the processor, and how they are scheduled."""
+        self.progress.processor(self._supervisor.cpu_seconds())
+        self.progress.scheduled(described(self._supervisor.pids()))
 
     def _close_period(self) -> None:
         self._profile.drain()
@@ -478,7 +488,7 @@ class RobotHost:
         """The robot first, then everything else; the world last, for its log shows how the wheels stood."""
         self.progress.phase("stopping")
         if self._running:
-            self.progress.processor(self._supervisor.cpu_seconds())
+            self._account()
         stop = self._supervisor.stop
         device = self._supervisor.children.get("device")
         await asyncio.gather(stop("control"), stop("device"))

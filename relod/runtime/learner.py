@@ -18,14 +18,14 @@ from ..algos.agent import Learner, Rollouts, policy_size
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
 from .checkpoint import CHECKPOINTS, PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
-from .clock import Clock
+from .clock import Clock, monotonic_ns
 from .experience import Experience
 from .log.format import LogPosition
 from .plan import LearnerPlan, Start
 from .policy import PolicyBox, PolicyWriter
 from .rollout import RolloutReader
 from .sources import open_source
-from .spans import SpanRing
+from .spans import SpanRing, Stage
 from .updates import LearnerLoop
 from .worker import NewsSender, WorkerJob, WorkerStatus, keep_freed_memory
 
@@ -47,6 +47,7 @@ class LearnerSide:
         spec, settings = plan.spec, plan.settings
         self.needs = plan.algorithm.needs(spec, settings.agent)
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
+        self._writer = spans.writer("learner") if spans is not None else None
         self.experience = Experience(plan, folder, end=end)
         self.box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
         # The same reader as the worker's tells when an update is due, for which robots have to wait.
@@ -80,7 +81,15 @@ class LearnerSide:
 
     def add(self, message: Step | EpisodeEnd) -> None:
         """The next step or end of an episode, for log and replay."""
+        came_ns = monotonic_ns()
         self.experience.add(message)
+        if isinstance(message, Step):
+            self.stored(came_ns)
+
+    def stored(self, came_ns: int) -> None:
+        """A step that came then can be learned from."""
+        if self._writer is not None:
+            self._writer.add(Stage.STORED, self.experience.log.env_steps, came_ns, monotonic_ns())
 
     def restore(self, checkpoint: Checkpoint | None) -> list[EpisodeEnd]:
         """Go on with a run on the wall clock; returns the episodes that ended in the part of the log that was read.

@@ -24,7 +24,7 @@ def run_wall(
     plan: Plan, folder: RunFolder, learner: LearnerSide, spans: SpanRing, checkpoint: Checkpoint | None
 ) -> Result:
     """Run on the wall clock with an update worker on this host."""
-    progress = Progress(plan, folder)
+    progress = Progress(plan, folder, spans.writer("parent"))
     start = _resume(plan, folder, learner, progress, checkpoint) if plan.resume is not None else Start()
     record_to = folder.path / "policies" if plan.settings.run.record else None
     learning = _LocalLearning(learner, start, record_to, plan.settings.run.seed)

@@ -250,7 +250,7 @@ def run_check(
 
     from rich.console import Console
 
-    from .check import CameraPlan
+    from .cameratrial import CameraPlan
     from .check import run_check as commission
     from .trial import TrialPlan
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -24,20 +23,20 @@ from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
 from ..loading import load_attribute
 from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Report, Tell, readable
 from .clock import NS_PER_S, cpu_seconds_of_tree, monotonic_ns
+from .scheduling import name_process
 
 __all__ = ["Child", "Supervisor", "child_main", "signals_to"]
 
 START_LIMIT_S = 60.0  # importing torch on a busy two-core machine has taken 8 s
 STOP_LIMIT_S = 5.0
 KILL_LIMIT_S = 2.0
-PR_SET_NAME = 15  # linux/prctl.h
 
 
 def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any) -> None:
     """Entry of every child: run `target(channel, job)` and report how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_NAME, f"relod-{name}".encode()[:15])  # what `top` and `ps -o comm` show
+    name_process(name)
     _redirect_output(log_path)
     try:
         load_attribute(target, name)(channel, job)
@@ -258,13 +257,17 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def cpu_seconds(self) -> dict[str, float]:
-        """Processor time of every living child since it started, in seconds."""
+    def pids(self) -> dict[str, int]:
+        """Process ids of the living children."""
         return {
-            name: cpu_seconds_of_tree(child.process.pid)
+            name: child.process.pid
             for name, child in self.children.items()
             if child.process is not None and child.process.pid is not None and child.alive
         }
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Processor time of every living child since it started, in seconds."""
+        return {name: cpu_seconds_of_tree(pid) for name, pid in self.pids().items()}
 
     def kill_all(self) -> None:
         """Last resort on the way out: no child may outlive the parent's own orderly end."""

@@ -12,7 +12,7 @@ from .device import MAY_BE_MOVING
 from .plan import Plan
 from .profile import Profile
 from .rundir import EpisodeLine, RunFolder, disk_errors
-from .spans import Histogram, Stage
+from .spans import Histogram, SpanWriter, Stage
 from .viewstate import RunState, save_state
 
 __all__ = ["Progress"]
@@ -23,13 +23,15 @@ RATE_WINDOW_S = 10.0
 class Progress:
     """One run's bookkeeping, in the parent (wall clock) or in the one process (virtual time)."""
 
-    def __init__(self, plan: Plan, folder: RunFolder) -> None:
+    def __init__(self, plan: Plan, folder: RunFolder, spans: SpanWriter | None = None) -> None:
         spec = plan.task.spec
+        self._spans = spans
         self.frames_lost = 0  # overwritten before this process took them
         self.restarts: dict[str, int] = {}
         self.reports: dict[str, dict[str, float | str]] = {}
         self.steps = 0
         self.lengths: list[int] = []
+        self.realtime: dict[str, Any] = {"asked": plan.settings.run.realtime, "processes": {}}
         self.cpu_cores: dict[str, float] = {}  # share of one core of each child, from ready to the end
         self._processor: tuple[int, dict[str, float]] | None = None
         self._plan, self._folder = plan, folder
@@ -72,7 +74,7 @@ class Progress:
             state.experience_s = self.experience_s
             state.index = message.index + 1
             state.episode_return = message.reward + (state.episode_return if message.index else 0.0)
-            self._see_policy(message.policy_version)
+            self._see_policy(message.policy_version, message.acted_ns)
             return
         state.episodes += 1
         state.returns.append(message.return_)
@@ -157,7 +159,12 @@ class Progress:
             if now_ns > began_ns and seconds >= before_s.get(name, seconds + 1):  # not one started again since
                 self.cpu_cores[name] = round((seconds - before_s[name]) * NS_PER_S / (now_ns - began_ns), 4)
 
-    def _see_policy(self, version: tuple[int, int]) -> None:
+    def scheduled(self, processes: dict[str, dict[str, Any]]) -> None:
+        """How the kernel schedules the children, as `scheduling.described` found it."""
+        self.realtime["processes"] |= processes
+        self.state.realtime = processes.get("control", {}).get("policy") == "SCHED_FIFO"
+
+    def _see_policy(self, version: tuple[int, int], acted_ns: int) -> None:
         if version == (0, 0):
             return
         now_ns = monotonic_ns()
@@ -165,6 +172,8 @@ class Progress:
             self.state.policy_version = version
             self._policy_seen_ns = now_ns
         self._policy_age.add_ms((now_ns - self._policy_seen_ns) / NS_PER_MS)
+        if self._spans is not None:
+            self._spans.add(Stage.POLICY_AGE, version[1], min(self._policy_seen_ns, acted_ns), acted_ns)
 
     # -- what is told --------------------------------------------------------------------------------------------------
 
@@ -228,6 +237,7 @@ class Progress:
             "overruns": int(control.get("overruns", 0)),
             "restarts": self.restarts,
             "cpu_cores": self.cpu_cores,
+            "realtime": self.realtime,
             "frames_lost": self.frames_lost,
             "steps_dropped": int(self.reports.get("worker", {}).get("dropped", 0)),
             "actions_rejected": int(control.get("rejected", 0)),

@@ -24,6 +24,7 @@ from .remote.access import find_token
 from .remote.linkprofile import profile_named
 from .remote.wire import Challenge, Name
 from .rundir import read_run
+from .scheduling import check_permitted
 
 __all__ = [
     "Place",
@@ -91,7 +92,10 @@ class Place:
 DEFAULTS = {"task": "create", "mode": "local-only", "algorithm": "sac", "world": "nominal", "clock": "wall"}
 
 # Settings that a resumed run may change: what they say holds for one session, not for what was learned from.
-MAY_CHANGE = ("run.steps", "run.minutes", "run.metrics_every_s", "run.tensorboard", "learner.", "safety.", "camera.")
+MAY_CHANGE = (
+    *("run.steps", "run.minutes", "run.metrics_every_s", "run.tensorboard", "run.realtime"),
+    *("learner.", "safety.", "camera."),
+)
 
 
 def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge | None = None) -> Plan:
@@ -131,6 +135,7 @@ def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge 
                 f"{before.folder} is a recorded run: it cannot go on, for a recording has no gaps", "make a new run"
             )
     _check_recording(settings, names["clock"], place)
+    _check_realtime(settings, names["clock"])
     return Plan(
         task_name=names["task"],
         entry=entry,
@@ -215,6 +220,16 @@ def _check_recording(settings: Settings, clock: str, place: Place) -> None:
         )
     if settings.run.record and not place.learns_here:
         raise SettingsError("--record needs the learner on this host", "use --mode local-only; the learner keeps a log")
+
+
+def _check_realtime(settings: Settings, clock: str) -> None:
+    if not settings.run.realtime:
+        return
+    if clock == "virtual":
+        raise SettingsError(
+            "--realtime with --clock virtual, which has no deadlines", "leave it out, or use --clock wall"
+        )
+    check_permitted()
 
 
 def _load(request: Request, sections: Mapping[str, type[Section]], **sources: Any) -> Settings:

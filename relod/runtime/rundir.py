@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SPANS_LIMIT_BYTES = 256 << 20  # about four hours of a 45 ms cycle with its 5 ms sentinel
+SPANS_LIMIT_BYTES = 256 << 20  # about two and a half hours of a 45 ms cycle with its 5 ms sentinel
 NAMES_TRIED = 1000
 
 JsonValue = Any  # whatever msgspec turns into JSON, and numpy's numbers

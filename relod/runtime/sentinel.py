@@ -1,6 +1,7 @@
 """The sentinel: a ticker that does nothing, so that its lateness is the machine's own.
 
-It wakes every 5 ms, often enough to see every stall that could delay a cycle, on the same timer as the cycle's.
+It wakes every 5 ms, often enough to see every stall that could delay a cycle, on the same timer as the cycle's
+and scheduled as the control process is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from .channel import Channel, Ready
 from .clock import NS_PER_MS, DeadlineTimer, Ticker, monotonic_ns
+from .scheduling import enter
 from .spans import SpanRing, Stage
 
 __all__ = ["SentinelJob", "run_sentinel"]
@@ -23,6 +25,7 @@ class SentinelJob:
     """What the sentinel process is given."""
 
     spans: SpanRing
+    realtime: bool = False  # scheduled as the control process is
 
 
 def run_sentinel(channel: Channel, job: SentinelJob) -> None:
@@ -33,9 +36,11 @@ def run_sentinel(channel: Channel, job: SentinelJob) -> None:
 async def _run(channel: Channel, job: SentinelJob) -> None:
     spans = job.spans.writer("sentinel")
     timer = DeadlineTimer()
-    ticker = Ticker(PERIOD_NS, monotonic_ns())
+    if job.realtime:
+        enter("sentinel")
     channel.send(Ready())
     finished = asyncio.create_task(channel.finished(), name="finished")
+    ticker = Ticker(PERIOD_NS, monotonic_ns())
     index = 0
     while not finished.done():
         deadline_ns = ticker.next(monotonic_ns())

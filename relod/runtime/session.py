@@ -13,6 +13,7 @@ from .host import Result
 from .plan import Plan
 from .progress import Progress
 from .rundir import RunFolder
+from .scheduling import PRIORITIES
 from .spans import SpanRing
 from .view import summary_line
 
@@ -21,12 +22,15 @@ __all__ = ["announce", "check_steps_left", "finish", "new_spans", "open_folder"]
 
 def new_spans() -> SpanRing:
     """The ring of all processes of a robot host."""
-    return SpanRing(("control", "device", "sentinel", "worker"))
+    return SpanRing(("control", "device", "sentinel", "worker", "parent", "learner", "world"))
 
 
 def announce(plan: Plan) -> None:
     """Say on stderr what will run and why."""
     print(f"relod: {plan.task_name}, {plan.mode}, {plan.clock} clock: {plan.device_text}", file=sys.stderr)
+    if plan.settings.run.realtime:
+        ranks = ", ".join(f"{name} {priority}" for name, priority in PRIORITIES.items())
+        print(f"relod: real-time: SCHED_FIFO ({ranks}), memory locked", file=sys.stderr)
     seed = f"seed {plan.settings.run.seed}"
     if plan.remote is not None:
         print(f"relod: robot {plan.remote.name}, learner at {plan.remote.url}, {seed}", file=sys.stderr)

@@ -29,6 +29,25 @@ class Stage(enum.IntEnum):
     SENTINEL = 7  # deadline of the idle ticker -> it wakes; index counts its own ticks
     UPDATE = 8  # one update of the learner; index counts updates
     SWAP = 9  # newer policy found -> it acts
+    FRAME_ARRIVAL = 10  # newest frame captured -> it arrived at this host
+    INFERENCE = (
+        11  # the network is asked -> its action is there; where another host acts, index is the question's number
+    )
+    WRITE = 12  # command in shared memory -> written on the robot's wire
+    SENSED = 13  # simulated robot, by its own log: a packet's values were true -> it is on the wire; index counts
+    MOVED = 14  # simulated robot, by its own log: a command arrived -> the actuators follow it; index counts
+    ENCODE = 15  # a frame was taken -> it is encoded for the learner; index is the frame's number
+    # Of a question to a learner, whose number is the stamp of its cycle's start.
+    SEND = 16  # the cycle started -> its question is given to the socket
+    UPLINK = 17  # -> it is whole at the learner; that clock's offset is taken off, here and below
+    DECODE = 18  # -> its images are decoded
+    QUEUE = 19  # -> the network is asked
+    DOWNLINK = 20  # its action was there -> it is back
+    DELIVER = (
+        21  # a record was given to the link -> the learner said that it is in its log; index is the record's number
+    )
+    POLICY_AGE = 22  # the policy was first seen here -> a step it acted in; index is the policy's update
+    STORED = 23  # a step reached the learner's process -> it is in log and memory; index counts the run's steps
 
 
 SPAN = np.dtype(

@@ -98,7 +98,7 @@ def _camera_box(state: RunState) -> Lines:
 def _figures(state: RunState, width: int) -> Lines:
     return [
         *framed("return per episode", _returns(state, width - 4), width, f"{state.episodes} episodes"),
-        *framed("timing", _timing(state), width, f"cycle {state.cycle_ms:g} ms"),
+        *framed("timing", _timing(state), width, _timing_note(state)),
         *(framed("link", _link(state), width, str(state.link.get("learner", ""))) if state.link else []),
         *framed("learner", _learner(state), width),
     ]
@@ -135,6 +135,10 @@ def _timing(state: RunState) -> Lines:
         lines.append([styled(f"{name:<12}", DIM), *(styled(f"{v:9.2f}", _urgency(v, state.cycle_ms)) for v in values)])
     lines.append([styled("overruns    ", DIM), styled(f"{state.overruns:>9,}", WARN if state.overruns else GOOD)])
     return lines
+
+
+def _timing_note(state: RunState) -> str:
+    return f"cycle {state.cycle_ms:g} ms" + (" · real-time" if state.realtime else "")
 
 
 def _urgency(value_ms: float, limit_ms: float) -> str:
@@ -234,6 +238,8 @@ def summary_line(state: RunState) -> str:
         parts.append(state.hold)
     parts.append(f"lateness p99 {state.lateness.summary_ms()['p99']:.1f} ms")
     parts.append(f"{state.overruns} overruns")
+    if state.realtime:
+        parts.append("real-time")
     if attention := state.status.get("attention"):
         parts.append(str(attention))
     return " | ".join(parts)

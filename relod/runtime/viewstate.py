@@ -70,6 +70,7 @@ class RunState:
 
     image: Image | None = None  # newest camera image, (H, W, 3) uint8 BGR
 
+    realtime: bool = False  # the control process has a real-time policy
     cycle_ms: float = 0.0
     lateness: Percentiles = field(default_factory=Histogram)  # deadline -> the cycle starts
     act: Percentiles = field(default_factory=Histogram)  # deadline -> its command is on the wire

@@ -16,6 +16,7 @@ from ..config import Section
 from ..loading import load_attribute
 from ..types import TaskSpec
 from .channel import Channel, Ready
+from .spans import SpanRing, SpanWriter, Stage
 
 __all__ = ["NEW_EPISODE", "WorldJob", "run_world"]
 
@@ -32,6 +33,23 @@ class WorldJob:
     spec: TaskSpec
     folder: Path  # for its sockets
     wheel_log: Path | None
+    spans: SpanRing | None = None  # with a row for the writer "world"
+
+
+class _SpanWitness:
+    """Stamps what the robot says of itself."""
+
+    def __init__(self, writer: SpanWriter) -> None:
+        self._writer = writer
+        self._packets = self._commands = 0
+
+    def sensed(self, true_ns: int, sent_ns: int) -> None:
+        self._packets += 1
+        self._writer.add(Stage.SENSED, self._packets, true_ns, sent_ns)
+
+    def obeyed(self, came_ns: int, moved_ns: int) -> None:
+        self._commands += 1
+        self._writer.add(Stage.MOVED, self._commands, came_ns, moved_ns)
 
 
 def run_world(channel: Channel, job: WorldJob) -> None:
@@ -63,6 +81,7 @@ async def _run(channel: Channel, job: WorldJob) -> None:
             control=job.folder / "world.sock",
             frames=frames,
             wheel_log=job.wheel_log,
+            witness=_SpanWitness(job.spans.writer("world")) if job.spans is not None else None,
         )
     finally:
         finished.cancel()

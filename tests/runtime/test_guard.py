@@ -192,5 +192,5 @@ def test_kill_9_of_the_process_that_holds_the_leash(wire: Wire) -> None:
 def test_it_imports_almost_nothing() -> None:
     tree = ast.parse(Path(guard.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert names == {"os", "select", "sys"}
+    assert names == {"os", "select", "sys", "ctypes"}  # the last only in a real-time run
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(tree))

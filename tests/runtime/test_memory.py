@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 
 from relod.config import LogSettings, ReplaySettings
 from relod.errors import EXIT_SETTINGS, SettingsError
-from relod.runtime import memory
-from relod.runtime.memory import (
-    GIB,
-    MIB,
-    available_bytes,
-    cgroup_headroom_bytes,
-    check_log,
-    check_replay,
-    mem_available_bytes,
-)
+from relod.runtime.headroom import available_bytes, cgroup_headroom_bytes, mem_available_bytes
+from relod.runtime.memory import GIB, MIB, check_log, check_replay
 
 MEMINFO = "MemTotal:       24684092 kB\nMemFree:        22466132 kB\nMemAvailable:   23132504 kB\nHugePages_Total: 0\n"
 AUTO = ReplaySettings()
@@ -66,44 +58,42 @@ V1, V2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "mem
 
 
 @pytest.fixture
-def host(tmp_path, monkeypatch):
-    """A made-up host with 22 GiB available; returns where its cgroups are and how to say which one is ours."""
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_CGROUP_ROOT", tmp_path / "cgroup")
-    (tmp_path / "meminfo").write_text(MEMINFO)
-    return tmp_path / "cgroup", (tmp_path / "own").write_text
+def host(tmp_path):
+    """A made-up machine with 22 GiB available; its root, its cgroups, and how to say which one is ours."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(MEMINFO)
+    return tmp_path, tmp_path / "sys/fs/cgroup", (tmp_path / "proc/self/cgroup").write_text
 
 
 def test_the_tightest_cgroup_above_us_counts_in_version_2(host):
-    root, say_own = host
+    machine, root, say_own = host
     say_own("0::/user/app.slice/relod\n")
     make_cgroup(root / "user/app.slice/relod", V2, "max", 0)
     make_cgroup(root / "user/app.slice", V2, str(4 * GIB), GIB)
     make_cgroup(root / "user", V2, str(10 * GIB), GIB)
     make_cgroup(root / "user/app.slice/other", V2, "1000", 0)
-    assert available_bytes() == 3 * GIB
+    assert available_bytes(machine) == 3 * GIB
 
 
 def test_in_a_container_the_limit_lies_at_the_root(host):
-    root, say_own = host
+    machine, root, say_own = host
     say_own("0::/docker/0123\n")  # the host's path, of which the container sees only the inside
     make_cgroup(root, V2, str(2 * GIB), GIB)
-    assert available_bytes() == GIB
+    assert available_bytes(machine) == GIB
 
 
 def test_version_1_has_a_hierarchy_for_memory(host):
-    root, say_own = host
+    machine, root, say_own = host
     say_own("9:name=systemd:/\n5:cpu,memory:/job\n1:cpuset:/x\n0::/\n")
     make_cgroup(root / "memory/job", V1, str(5 * GIB), GIB)
     make_cgroup(root / "memory", V1, "9223372036854771712", 20 * GIB)
-    assert available_bytes() == 4 * GIB
+    assert available_bytes(machine) == 4 * GIB
 
 
 def test_without_limits_the_machine_counts(host):
-    _, say_own = host
+    machine, _, say_own = host
     say_own("0::/\n")
-    assert available_bytes() == 23132504 * 1024
+    assert available_bytes(machine) == 23132504 * 1024
 
 
 def test_this_machine_has_memory():

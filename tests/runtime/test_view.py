@@ -113,6 +113,12 @@ def test_timing_shows_percentiles_of_lateness_and_act():
     assert row.split("│ act ")[1].split()[:3] == [f"{expected[name]:.2f}" for name in ("p50", "p99", "max")]
 
 
+def test_real_time_is_marked_beside_the_cycle():
+    assert "cycle 45 ms ─" in "\n".join(screen(make_state()))
+    assert "cycle 45 ms · real-time ─" in "\n".join(screen(make_state(realtime=True)))
+    assert summary_line(make_state(realtime=True)).endswith("3 overruns | real-time")
+
+
 @pytest.mark.parametrize(("width", "height"), [(112, 30), (200, 60), (104, 20), (80, 24), (60, 12), (40, 5), (20, 1)])
 @pytest.mark.parametrize("empty", [False, True])
 def test_the_screen_never_outgrows_its_space(width, height, empty):

@@ -17,6 +17,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from ...runtime.clock import NS_PER_S, DeadlineTimer, monotonic_ns
+from ...types import Witness
 from ..faultserver import CameraCable, CameraCorrupt, CameraFaults, CameraResize, CameraStall, CameraUnplug, FaultServer
 from ..simcamera import SimFrame
 from . import faultport as ops
@@ -70,6 +71,7 @@ async def serve(
     camera: CameraFeed | None = None,
     publish: Callable[[SimFrame], None] | None = None,
     camera_faults: CameraFaults | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """Run the robot until `stop` is set and its wheels stand, or one second later if they do not.
 
@@ -79,7 +81,7 @@ async def serve(
     Raises:
         StartError: no pseudo-terminal, or a name for port or socket that cannot be used.
     """
-    emulator = _Emulator(firmware, options.symlink, camera, publish, camera_faults)
+    emulator = _Emulator(firmware, options.symlink, camera, publish, camera_faults, witness)
     control = str(options.control) if options.control is not None else None
     try:
         async with AsyncExitStack() as stack:
@@ -113,12 +115,13 @@ class _Emulator:
         camera: CameraFeed | None,
         publish: Callable[[SimFrame], None] | None,
         camera_faults: CameraFaults | None,
+        witness: Witness | None,
     ) -> None:
         self.camera_cable = CameraCable(camera_faults)
         self.firmware = firmware
         self.wire = Wire(firmware.baud_rate)
         self.symlink = symlink
-        self.camera, self.publish = camera, publish
+        self.camera, self.publish, self.witness = camera, publish, witness
         self.frames = 0
         self.lost_bytes = 0  # on ports that were unplugged
         self.queued = asyncio.Event()
@@ -173,7 +176,9 @@ class _Emulator:
     def step(self, now_ns: int) -> None:
         for frame in self.firmware.advance(now_ns):
             self.frames += 1
-            self.wire.send(frame.data, frame.sampled_ns, frame.available_ns)
+            arrival_ns = self.wire.send(frame.data, frame.sampled_ns, frame.available_ns)
+            if self.witness is not None:
+                self.witness.sensed(frame.sampled_ns, arrival_ns)
         self.flush(now_ns)
         if self.camera is not None:
             for image in self.camera.due(now_ns):
@@ -186,7 +191,11 @@ class _Emulator:
         now_ns = monotonic_ns()
         if self.port.client_baud_rate() != self.firmware.baud_rate:
             data = data.translate(GARBLED)
+        plant = self.firmware.plant
+        before = plant.commands
         reply = self.firmware.receive(data, now_ns)
+        if self.witness is not None and plant.commands != before:
+            self.witness.obeyed(now_ns, plant.effective_ns)
         self.wire.baud_rate = self.firmware.baud_rate
         if reply:
             self.wire.send(reply, now_ns)

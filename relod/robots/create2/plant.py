@@ -178,7 +178,8 @@ class Plant:
         self.wheel_log: deque[WheelRecord] = deque(maxlen=WHEEL_RECORDS)
         self._substep_index = 0
         self._commands: deque[tuple[int, float, float]] = deque()  # (effective_ns, left, right) in m/s
-        self._effective_ns = start_ns
+        self.commands = 0  # of motion, so far
+        self.effective_ns = start_ns  # from when on the wheels follow the newest of them
         self._target_left = self._target_right = 0.0
         self._left = self._right = 0.0  # speeds at the wheels' rims in m/s
         self._draw_world(seed)
@@ -237,8 +238,9 @@ class Plant:
         left, right = _clamp(left_mm_s, MAX_SPEED_MM_S), _clamp(right_mm_s, MAX_SPEED_MM_S)
         s = self.settings
         delay_ms = s.command_latency_ms + s.command_tick_ms * self._command_waits.take()[0]
-        self._effective_ns = max(self._effective_ns, at_ns + int(delay_ms * 1e6))
-        self._commands.append((self._effective_ns, self._quantised(left), self._quantised(right)))
+        self.commands += 1
+        self.effective_ns = max(self.effective_ns, at_ns + int(delay_ms * 1e6))
+        self._commands.append((self.effective_ns, self._quantised(left), self._quantised(right)))
         if left != self.requested_left_mm_s or right != self.requested_right_mm_s:
             self.requested_left_mm_s, self.requested_right_mm_s = left, right
             self._log(at_ns)

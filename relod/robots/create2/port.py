@@ -20,11 +20,12 @@ from typing import Protocol
 import serial
 
 from ...errors import StartError
-from ...runtime.clock import NS_PER_S, monotonic_ns
+from ...runtime.clock import NS_PER_S, monotonic_ns, sleep_s
 
 __all__ = ["PADDING", "Port", "open_error"]
 
 PADDING = bytes(4)  # completes a command of which only the first bytes were sent; the robot ignores opcode 0
+WRITE_PAUSE_S = 0.0005  # between attempts while the buffer is full
 WRITE_LIMIT_S = 0.005  # a command is 5 bytes, 0.4 ms on the wire; only a stuck port needs longer
 LOCK_LIMIT_S = 0.5  # the guard of a killed predecessor lets go of the port within 0.1 s
 LOCK_PAUSE_S = 0.02
@@ -78,11 +79,30 @@ class Port:
                 raise open_error(self.address, OSError(*error.args)) from error
             raise
         port = self._bot.SCI.ser
-        port.timeout, port.write_timeout = 0, WRITE_LIMIT_S
+        port.timeout = 0
+        port.write = self._put  # in place of pyserial's, see there
         self._fd = port.fileno()
         self._half_sent = True  # whoever drove the robot before may have died in the middle of a command
         self._empty_reads, self._lost = 0, False
         asyncio.get_running_loop().add_reader(self._fd, self._on_readable)
+
+    def _put(self, data: bytes) -> int:
+        """Write all of `data`; `SerialTimeoutException` when the port's buffer stays full for `WRITE_LIMIT_S`.
+
+        pyserial's own write polls the port afterwards if it has a time limit, and polling a terminal waits for the
+        kernel's worker that carries its input, whatever the limit: the bytes are out, and on a busy machine this
+        process stood still for up to 28 ms; some writes that were out ended as timeouts, too. Without a limit pyserial
+        spins while the buffer is full.
+        """
+        left, give_up_ns = data, monotonic_ns() + int(WRITE_LIMIT_S * NS_PER_S)
+        while left:
+            try:
+                left = left[os.write(self._fd, left) :]
+            except BlockingIOError:
+                if monotonic_ns() > give_up_ns:
+                    raise serial.SerialTimeoutException("Write timeout") from None
+                sleep_s(WRITE_PAUSE_S)
+        return len(data)
 
     def close(self) -> None:
         """Let go of the port; again is harmless."""

@@ -38,13 +38,17 @@ class Wire:
         self._busy_until_ns = 0
         self._pieces: deque[tuple[int, bytes]] = deque()  # (arrival_ns, bytes)
 
-    def send(self, data: bytes, from_ns: int, not_before_ns: int = 0) -> None:
-        """Put `data` on the line from `from_ns`, behind what is on it; no piece arrives before `not_before_ns`."""
+    def send(self, data: bytes, from_ns: int, not_before_ns: int = 0) -> int:
+        """Put `data` on the line from `from_ns`, behind what is on it; no piece arrives before `not_before_ns`.
+
+        Returns when the last one arrives.
+        """
         self._busy_until_ns = max(self._busy_until_ns, from_ns)
         for at in range(0, len(data), PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             self._busy_until_ns += len(piece) * BITS_PER_BYTE * 1_000_000_000 // self.baud_rate
             self._pieces.append((max(self._busy_until_ns, not_before_ns), piece))
+        return max(self._busy_until_ns, not_before_ns)
 
     @property
     def next_ns(self) -> int | None:

@@ -19,7 +19,7 @@ from msgspec import Meta
 from ...config import Section
 from ...runtime.clock import monotonic_ns
 from ...seeds import random_stream
-from ...types import Command, Image, TaskSpec
+from ...types import Command, Image, TaskSpec, Witness
 from .. import simcamera
 from ..frameserver import FrameServer
 from ..scene import CameraOptics
@@ -129,6 +129,7 @@ async def serve_world(
     frames: Path | None = None,
     mjpeg_port: int | None = None,
     wheel_log: Path | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """The world in real time until `stop` is set.
 
@@ -140,6 +141,7 @@ async def serve_world(
         frames: unix socket on which raw camera frames are served.
         mjpeg_port: serve MJPEG on 127.0.0.1, on any free port if 0, not at all if None.
         wheel_log: file for what the wheels did.
+        witness: is told when packets were true and commands are followed.
     """
     scene = _Scene(settings, seed, spec, monotonic_ns())
     camera = SimCamera(scene.render, settings.camera, seed, monotonic_ns())
@@ -160,6 +162,7 @@ async def serve_world(
             camera=camera,
             publish=server.publish,
             camera_faults=server,
+            witness=witness,
         )
 
 

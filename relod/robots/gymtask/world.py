@@ -15,7 +15,7 @@ import numpy as np
 from ...config import Section
 from ...errors import StartError
 from ...runtime.clock import NS_PER_MS, DeadlineTimer, monotonic_ns
-from ...types import Command, TaskSpec
+from ...types import Command, TaskSpec, Witness
 from ..frameserver import FrameServer
 from ..simcamera import SimFrame
 from .simulation import Simulation
@@ -74,6 +74,7 @@ async def serve_world(
     frames: Path | None = None,
     mjpeg_port: int | None = None,
     wheel_log: Path | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """In real time until `stop` is set.
 
@@ -81,7 +82,7 @@ async def serve_world(
         on_ready: called once with where things are: `port`, `camera_url`, and an empty `control`.
         frames: unix socket on which raw pictures are served.
         mjpeg_port: serve MJPEG on 127.0.0.1, on any free port if 0, not at all if None.
-        new_episode, control, wheel_log: every world is given these; this one needs none of them.
+        new_episode, control, wheel_log, witness: every world is given these; this one needs none of them.
     """
     simulation = Simulation(name, picture_hw=spec.camera_hw)
     with contextlib.closing(DeadlineTimer()) as timer, tempfile.TemporaryDirectory(prefix="relod-gym-") as folder:

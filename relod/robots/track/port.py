@@ -9,6 +9,7 @@ from typing import Self
 
 from ...errors import StartError
 from ...runtime.clock import monotonic_ns
+from ...types import Witness
 from .rig import COMMAND, STAND, Rig
 
 __all__ = ["RigPort"]
@@ -26,8 +27,8 @@ class RigPort:
         StartError: on entering, when there can be no socket at `path`.
     """
 
-    def __init__(self, rig: Rig, path: Path) -> None:
-        self._rig, self._path = rig, path
+    def __init__(self, rig: Rig, path: Path, witness: Witness | None = None) -> None:
+        self._rig, self._path, self._witness = rig, path, witness
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._driver: asyncio.StreamWriter | None = None
 
@@ -73,4 +74,7 @@ class RigPort:
             self._driver = self._driver or writer
             if self._driver is not writer:
                 return
-            self._rig.receive(command, monotonic_ns())
+            now_ns = monotonic_ns()
+            self._rig.receive(command, now_ns)
+            if self._witness is not None:
+                self._witness.obeyed(now_ns, self._rig.next_tick_ns)

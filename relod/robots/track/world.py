@@ -20,7 +20,7 @@ from msgspec import Meta
 from ...config import Section
 from ...runtime.clock import DeadlineTimer, monotonic_ns
 from ...seeds import random_stream
-from ...types import Command, Image, TaskSpec
+from ...types import Command, Image, TaskSpec, Witness
 from .. import simcamera
 from ..frameserver import FrameServer
 from ..simcamera import CameraTiming, SimCamera, SimFrame
@@ -127,6 +127,7 @@ async def serve_world(
     frames: Path | None = None,
     mjpeg_port: int | None = None,
     wheel_log: Path | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """The world in real time until `stop` is set.
 
@@ -136,6 +137,7 @@ async def serve_world(
         link: the rig's socket; a name in a temporary folder if None.
         frames: unix socket on which raw camera frames are served.
         mjpeg_port: serve MJPEG on 127.0.0.1, on any free port if 0, not at all if None.
+        witness: is told when states were true and commands are followed.
         control, wheel_log: every world is given these; this one has no faults to inject and no wheels.
     """
     scene = Scene(settings, seed, spec, monotonic_ns())
@@ -145,7 +147,10 @@ async def serve_world(
         tempfile.TemporaryDirectory(prefix="relod-track-") as folder,
     ):
         address = link or Path(folder) / "rig.sock"
-        async with FrameServer(path=frames, http_port=mjpeg_port) as server, RigPort(scene.rig, address) as port:
+        async with (
+            FrameServer(path=frames, http_port=mjpeg_port) as server,
+            RigPort(scene.rig, address, witness) as port,
+        ):
             on_ready({"port": str(address), "control": "", "camera_url": server.url or ""})
             while not stop.is_set():
                 await timer.wait_until(min(scene.rig.next_tick_ns, camera.next_available_ns))
@@ -153,7 +158,9 @@ async def serve_world(
                 if new_episode.is_set():
                     new_episode.clear()
                     scene.new_episode()
-                for _, state in scene.rig.advance(now_ns):
+                for sent_ns, state in scene.rig.advance(now_ns):
                     port.send(state)
+                    if witness is not None:
+                        witness.sensed(sent_ns, now_ns)
                 for frame in camera.due(now_ns):
                     server.publish(frame)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...runtime.clock import NS_PER_MS, monotonic_ns
+from ...runtime.scheduling import lock_if_inherited, name_process
 from .listener import FREQUENCY_HZ, StateListener
 
 __all__ = [
@@ -225,6 +226,8 @@ def main() -> None:
     """Arguments: the descriptor of the socket to the driver, the plan as JSON."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they go to a whole group; the driver decides
+    name_process("client")
+    lock_if_inherited()
     interfaces = []
 
     def connect_and_keep(plan: Plan) -> tuple[StateListener, Any]:

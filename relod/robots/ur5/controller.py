@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator
 from typing import TypeAlias
 
 from ...runtime.clock import NS_PER_MS, NS_PER_S
+from ...types import Witness
 from .arm import ZERO, Arm, Motion, Vector6
 from .states import SERIES, ArmSettings, Limits, MotionRecord, Registers, RobotMode, RuntimeState, SafetyMode, Sample
 
@@ -49,6 +50,8 @@ class Controller:
         """`history_ns`: how far back `posture_at` may look."""
         series = SERIES[settings.series]
         self.version, self.tick_ns = series.version, series.tick_ns
+        self.witness: Witness | None = None
+        self._asked_ns: int | None = None  # when the newest numbers came that no program has read
         self.start_ns = start_ns
         self.now_ns = start_ns  # of the newest tick
         self.next_tick_ns = start_ns + self.tick_ns
@@ -161,6 +164,7 @@ class Controller:
         """Write an input double register."""
         self._run(now_ns)
         self.registers.double_in[register] = value
+        self._asked_ns = now_ns
 
     # Power and safety
 
@@ -244,6 +248,9 @@ class Controller:
             self._load(now_ns)
         if self.runtime_state is RuntimeState.PLAYING and self._program is not None:
             self._step_program(self._program, now_ns)
+            if self._asked_ns is not None and self.witness is not None:
+                self.witness.obeyed(self._asked_ns, now_ns)
+            self._asked_ns = None
         arm = self.arm
         modes = self.robot_mode, self.safety_mode, self.runtime_state
         self._samples.append(Sample(now_ns, arm.q, arm.qd, arm.target_q, arm.target_qd, arm.target_qdd, *modes))

@@ -84,6 +84,8 @@ class Ports:
             for connection in self.connections:
                 if isinstance(connection, _RtdeConnection):
                     connection.send_package(sample)
+            if self.controller.witness is not None:
+                self.controller.witness.sensed(sample.t_ns, monotonic_ns())
 
     @property
     def refused_packages(self) -> int:

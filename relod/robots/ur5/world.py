@@ -21,7 +21,7 @@ from msgspec import Meta
 from ...config import Section
 from ...runtime.clock import NS_PER_MS, NS_PER_S, DeadlineTimer, monotonic_ns
 from ...seeds import random_stream
-from ...types import NO_REQUEST, Command, Image, TaskSpec
+from ...types import NO_REQUEST, Command, Image, TaskSpec, Witness
 from .. import simcamera
 from ..frameserver import FrameServer
 from ..simcamera import CameraTiming, SimCamera, SimFrame
@@ -186,6 +186,7 @@ async def serve_world(
     mjpeg_port: int | None = None,
     wheel_log: Path | None = None,
     host: str | None = None,
+    witness: Witness | None = None,
 ) -> None:
     """The world in real time until `stop` is set.
 
@@ -196,9 +197,11 @@ async def serve_world(
         frames: unix socket on which raw camera frames are served.
         mjpeg_port: serve MJPEG on 127.0.0.1, on any free port if 0, not at all if None.
         wheel_log: file for what the arm did.
+        witness: is told when packets were true and commands are followed.
         host: loopback address of controller and target; the first free one if None.
     """
     scene = Scene(settings, seed, spec, monotonic_ns())
+    scene.controller.witness = witness
     camera = SimCamera(scene.render, settings.camera, seed, monotonic_ns())
     listening: asyncio.Future[EmulatorReady] = asyncio.get_running_loop().create_future()
 

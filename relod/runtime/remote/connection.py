@@ -203,6 +203,7 @@ class LinkConnection:
             )
             head = msgspec.structs.replace(head, frames=carried)
             proprio = b"".join((proprio, *(frame.data for frame in frames.values())))
+        self._figures.sent(head.ask, monotonic_ns())
         await self._put(wire.pack(head, proprio))
 
     async def _put_frame(self, frame_id: int) -> None:
@@ -229,18 +230,19 @@ class LinkConnection:
             self._figures.downlink_bytes += len(message)
             try:
                 head, payload = wire.unpack_from_learner(message)
-                policy = self._accept(head, payload)
+                policy = self._accept(head, payload, now_ns)
             except (wire.WireError, ValueError) as error:
                 raise LinkLost(
                     f"the learner sent what it should not: {error}", "install the same version of relod on both"
                 ) from error
             self._hand_on(head, payload, policy, now_ns)
 
-    def _accept(self, head: wire.FromLearner, payload: memoryview) -> npt.NDArray[np.float32] | None:
+    def _accept(self, head: wire.FromLearner, payload: memoryview, now_ns: int) -> npt.NDArray[np.float32] | None:
         """Check a message and take what is for the link itself; the policy that it completed. `ValueError`."""
         match head:
             case wire.Ack():
                 self._outbox.ack(head.seq)
+                self._figures.acked(head.seq, now_ns)
                 self._progress.set()
             case wire.Answer():
                 if head.actions != self._action_dim or len(payload) % 4 or len(payload) < 4 * head.actions:
@@ -262,7 +264,7 @@ class LinkConnection:
         match head:
             case wire.Answer():
                 self._events.answer(head, bytes(payload))
-                self._figures.answered(head.ask, now_ns)
+                self._figures.answered(head, now_ns)
             case wire.PolicyPart() if policy is not None:
                 self._events.policy(policy, head.version)
             case wire.Pong():

@@ -24,6 +24,7 @@ from websockets.typing import Subprotocol
 from ... import __version__
 from ...errors import RelodError, SettingsError, StartError, error_with_code
 from ...types import TaskSpec
+from ..clock import NS_PER_MS, monotonic_ns
 from . import wire
 from .access import client_tls, learner_proof, robot_proof
 
@@ -34,6 +35,7 @@ MAX_MESSAGE_BYTES = 4 + wire.MAX_HEADER_BYTES + wire.POLICY_PART_BYTES
 # A message waits behind at most this much of those before it, in the kernel; the rest is held back here, in order of
 # urgency.
 UNSENT_BYTES = 1 << 16
+PROBE_SHARE = 0.5  # of the time for the handshake: a learner turns away who has not joined by its end
 FORGET_AFTER = 20  # failed attempts, some 5 s
 BUSY_STATUS = (429, 500, 502, 503, 504)  # HTTP: too many connections, or a gateway whose learner is not there yet
 
@@ -103,6 +105,27 @@ class Dialer:
             challenge = await self._challenge(websocket)
             websocket.transport.abort()
             return challenge
+
+    async def probe(
+        self, *, connect_s: float, hello_s: float, pings: int, every_s: float
+    ) -> tuple[wire.Challenge, list[float]]:
+        """The learner's first word, and round trips in ms to it; nobody joins. Raises as `dial` does.
+
+        The protocol's own pings are for robots that were let in, so these are the websocket's, which every peer
+        answers. Fewer than `pings` come back where `hello_s` ends before.
+        """
+        round_trips_ms: list[float] = []
+        async with self._reached(connect_s, hello_s) as websocket:
+            challenge = await self._challenge(websocket)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_SHARE * hello_s):
+                    for _ in range(pings):
+                        sent_ns = monotonic_ns()
+                        await (await websocket.ping())
+                        round_trips_ms.append((monotonic_ns() - sent_ns) / NS_PER_MS)
+                        await asyncio.sleep(every_s)
+            websocket.transport.abort()
+        return challenge, round_trips_ms
 
     @contextlib.asynccontextmanager
     async def _reached(self, connect_s: float, hello_s: float) -> AsyncIterator[ClientConnection]:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from typing import Any
 
+import msgspec
+
 from ..clock import NS_PER_MS, NS_PER_S
-from ..spans import Histogram
+from ..spans import Histogram, SpanWriter, Stage
 from .clockoffset import ClockOffset
+from .wire import Answer, Stamps
 
 __all__ = ["LinkFigures"]
 
 RATE_WINDOW_NS = 3 * NS_PER_S
+RECORDS_KEPT = 4096  # records whose ack is still expected; the times of older ones are not told
+WAY_LIMIT_NS = 100 * NS_PER_S
 ASKS_KEPT = 64  # questions whose answer is still expected; at 30 Hz those of the last 2 s
 
 
 class LinkFigures:
     """Counts and times of one robot's link; bytes are those of messages, without websocket, TLS and TCP around them."""
 
-    def __init__(self) -> None:
+    def __init__(self, spans: SpanWriter | None = None) -> None:
+        self._spans = spans
         self.reconnects = 0  # times that the link was lost
         self.uplink_bytes = 0
         self.downlink_bytes = 0
@@ -28,6 +35,8 @@ class LinkFigures:
         self._answers = Histogram()
         self._answered_ms: list[float] = []  # to go into it, which takes longer than handing on an answer
         self._asked: dict[int, int] = {}  # when, by question
+        self._sent: dict[int, int] = {}  # when it was given to the socket, by question
+        self._records: deque[tuple[int, int]] = deque(maxlen=RECORDS_KEPT)  # (number, when it was given to the link)
         self._bytes: deque[tuple[int, int, int]] = deque()  # (when, up, down)
 
     def tick(self, now_ns: int) -> None:
@@ -45,13 +54,49 @@ class LinkFigures:
         """A question was handed over."""
         self._asked[ask] = now_ns
         if len(self._asked) > ASKS_KEPT:
-            del self._asked[next(iter(self._asked))]
+            oldest = next(iter(self._asked))
+            del self._asked[oldest]
+            self._sent.pop(oldest, None)
 
-    def answered(self, ask: int, now_ns: int) -> None:
-        """Its answer is here."""
+    def sent(self, ask: int, now_ns: int) -> None:
+        """The question is given to the socket."""
+        if self._spans is not None and ask in self._asked:
+            self._sent[ask] = now_ns
+            self._spans.add(Stage.SEND, ask, ask, now_ns)
+
+    def answered(self, answer: Answer, now_ns: int) -> None:
+        """The answer is here."""
+        ask = answer.ask
         if (asked_ns := self._asked.pop(ask, None)) is not None:
             self._answered_ms.append((now_ns - asked_ns) / NS_PER_MS)
             self.late_answers += any(newer > ask for newer in self._asked)
+        sent_ns = self._sent.pop(ask, None)
+        if self._spans is not None and sent_ns is not None and answer.stamps is not None:
+            self._stamp_way(self._spans, ask, sent_ns, answer.stamps, now_ns)
+
+    def _stamp_way(self, spans: SpanWriter, ask: int, sent_ns: int, stamps: Stamps, now_ns: int) -> None:
+        """The question's way through the learner, on this host's clock as far as its offset is known."""
+        offset_ns = self._clock.offset_ns
+        if offset_ns is None:
+            return
+        moments = (sent_ns, *(t - offset_ns for t in msgspec.structs.astuple(stamps)), now_ns)
+        if max(moments) - min(moments) > WAY_LIMIT_NS:
+            return  # no way of an answer that is still expected takes so long: the other clock was set
+        stages = Stage.UPLINK, Stage.DECODE, Stage.QUEUE, Stage.INFERENCE, Stage.DOWNLINK
+        for stage, (start_ns, end_ns) in zip(stages, itertools.pairwise(moments), strict=True):
+            spans.add(stage, ask, start_ns, end_ns)
+
+    def recorded(self, number: int, now_ns: int) -> None:
+        """The link has records up to this one."""
+        if self._spans is not None:
+            self._records.append((number, now_ns))
+
+    def acked(self, number: int, now_ns: int) -> None:
+        """The learner has records up to this one."""
+        while self._records and self._records[0][0] <= number:
+            given, given_ns = self._records.popleft()
+            if self._spans is not None:
+                self._spans.add(Stage.DELIVER, given, given_ns, now_ns)
 
     def pong(self, sent_ns: int, received_ns: int, replied_ns: int, arrived_ns: int) -> None:
         """The four stamps of a ping and its answer; the learner's own time is not part of the round trip."""
@@ -61,6 +106,7 @@ class LinkFigures:
     def cut(self) -> None:
         """The link was lost: no answer comes any more, and no bytes pass."""
         self._asked.clear()
+        self._sent.clear()
         self._bytes.clear()
 
     @property

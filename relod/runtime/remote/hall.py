@@ -29,8 +29,9 @@ from ..log.reader import LogRecord
 from ..plan import LearnerPlan, Start
 from ..policy import NO_POLICY, PolicyBox, PolicyReader
 from ..rundir import RunFolder
+from ..spans import SpanRing
 from ..view import TREND_EPISODES
-from .serversession import Admission
+from .serversession import Acted, Admission
 from .streams import BOOK, StreamBook
 from .wire import Join, Observe, Precision, Welcome
 
@@ -76,9 +77,10 @@ class LearnerRun:
         self.first_ns = self.last_ns = 0  # when the session's first and newest step came
         self._started_ns = monotonic_ns()
         self._session = plan.resume.session if plan.resume is not None else 0
+        self.spans = SpanRing(("learner", "worker"))
         self._book = StreamBook(folder.path / BOOK)
         try:
-            self.learner = LearnerSide(plan, folder.path, None)
+            self.learner = LearnerSide(plan, folder.path, self.spans)
         except RelodError:
             self._book.close()
             raise
@@ -198,11 +200,13 @@ class LearnerRun:
             SafetyStop: log or run folder cannot be written.
             ValueError: a frame cannot be decoded, or the policy it names was never made.
         """
+        came_ns = monotonic_ns()
         if isinstance(message, Step):
             self._check_version(message.policy_version)
         self.experience.add_record(admission.stream, message, frames)
         robot = self.robots[admission.robot]
         if isinstance(message, Step):
+            self.learner.stored(came_ns)
             self.last_ns = monotonic_ns()
             self.first_ns = self.first_ns or self.last_ns
             robot.steps += 1
@@ -223,10 +227,8 @@ class LearnerRun:
         if version[0] > newest:
             raise ValueError(f"a step by a policy of epoch {version[0]}, and the newest is {newest}")
 
-    async def act(
-        self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
-    ) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
-        """Action, the algorithm's extras and the policy's version for an observation."""
+    async def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
+        """The answer to an observation."""
         actor = self._actors[admission.stream]
         actor.steps_done = self.env_steps  # the random actions of the beginning are shared by all robots
         observation = Observation(frame_ids=head.frame_ids, images=images, proprio=proprio, now_ns=head.now_ns)
@@ -299,6 +301,12 @@ class _Bound:
     module: nn.Module
 
 
+def _timed(actor: TorchActor, observation: Observation) -> Acted:
+    asked_ns = monotonic_ns()
+    action = actor.act(observation)
+    return Acted(action.values, action.extras, action.policy_version, asked_ns, monotonic_ns())
+
+
 class PolicyDesk:
     """The policies of a box: copied for robots that act themselves, and run here for those that do not.
 
@@ -345,10 +353,9 @@ class PolicyDesk:
             self._thread.submit(self._warm_up)
         return TorchActor(self, self._plan.spec, self._needs, random_stream(self._plan.settings.run.seed, stream))
 
-    async def act(self, actor: TorchActor, observation: Observation) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
-        """Action, extras and version."""
-        action = await asyncio.get_running_loop().run_in_executor(self._thread, actor.act, observation)
-        return action.values, action.extras, action.policy_version
+    async def act(self, actor: TorchActor, observation: Observation) -> Acted:
+        """The answer to an observation."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, _timed, actor, observation)
 
     def close(self) -> None:
         """Wait for what runs and end the thread."""

@@ -54,6 +54,8 @@ class LearnerBooks:
         if learning is None:
             return
         self._worker |= learning.learner.poll()
+        for writer in learning.spans.writers:
+            learning.folder.spans(learning.spans.drain(writer))
         state.elapsed_s, state.experience_s = learning.wall_s, learning.experience_s
         state.steps, state.episodes = learning.env_steps, learning.episodes
         state.ingest_steps_per_s = learning.ingest_steps_per_s

@@ -176,6 +176,8 @@ def _load(
     )
     if settings.run.record:
         raise SettingsError("run.record is for robots", "leave it out: a learner keeps a log in any case")
+    if settings.run.realtime:
+        raise SettingsError("run.realtime is for robots", "leave it out: a learner has no deadlines")
     return settings
 
 

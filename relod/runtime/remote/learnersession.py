@@ -39,7 +39,7 @@ from .learnerbooks import LearnerBooks
 from .learnerrequest import Access, LearnerRequest, Teaching, choose_access, choose_teaching
 from .learnerview import LearnerState, open_learner_view, summary_line
 from .server import LearnerServer
-from .serversession import Admission
+from .serversession import Acted, Admission
 from .wire import FromLearner, Join, Observe, Precision, Refused
 
 __all__ = ["LearnerRequest", "LearnerSession", "Server", "run_learner"]
@@ -186,10 +186,8 @@ class LearnerSession:
         if reason := self.learning.learner.hold():
             self._server.hold(reason)
 
-    async def act(
-        self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
-    ) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
-        """Action, extras and the policy's version for an observation."""
+    async def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
+        """The answer to an observation."""
         assert self.learning is not None
         return await self.learning.act(admission, images, head, proprio)
 

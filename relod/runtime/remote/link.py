@@ -20,6 +20,7 @@ from websockets.asyncio.client import ClientConnection
 from ...config import LinkSettings
 from ...errors import LinkLost, RelodError, StartError
 from ..clock import NS_PER_S, monotonic_ns
+from ..spans import SpanWriter
 from . import wire
 from .connection import LinkConnection, LinkEvents
 from .dialing import Dialer, JoinFacts, NoLearner, NotNow
@@ -95,6 +96,7 @@ class RobotLink:
         settings: LinkSettings,
         outbox: Outbox,
         events: LinkEvents,
+        spans: SpanWriter | None = None,
     ) -> None:
         self._dialer = Dialer(url, token=token, ca=ca, join=join)
         self._url = url
@@ -102,7 +104,7 @@ class RobotLink:
         self._settings = settings
         self._outbox = outbox
         self._events = events
-        self._figures = LinkFigures()
+        self._figures = LinkFigures(spans)
         self._task: asyncio.Task[None] | None = None
         self._state = LinkState.CONNECTING
         self._changed_ns = monotonic_ns()  # when the state did
@@ -135,6 +137,7 @@ class RobotLink:
 
     def wake(self) -> None:
         """The outbox has something new."""
+        self._figures.recorded(self._outbox.added, monotonic_ns())
         if self._connection is not None:
             self._connection.wake()
 

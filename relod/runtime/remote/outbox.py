@@ -251,6 +251,11 @@ class Outbox:
         return not self.backlog
 
     @property
+    def added(self) -> int:
+        """Records that were taken; the number of the newest."""
+        return self._added
+
+    @property
     def backlog(self) -> int:
         """Records that are not acked."""
         return self._added - self.acked

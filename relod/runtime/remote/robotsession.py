@@ -22,6 +22,7 @@ from ...errors import LinkLost, RelodError, SettingsError, StartError
 from ...robots import registry
 from ...robots.vision import make_shrink
 from ...types import EpisodeEnd, Frame, Step
+from ..clock import monotonic_ns
 from ..host import ChildSpec, Events, Opening, Result, RobotHost
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
@@ -30,6 +31,7 @@ from ..plan import Plan, Remote, Start
 from ..progress import Progress
 from ..rundir import RunFolder
 from ..session import announce, finish, new_spans, open_folder
+from ..spans import SpanWriter, Stage
 from .asking import AskingHost
 from .chain import ChainWriter
 from .emulation import Relay
@@ -56,8 +58,8 @@ def run_remote(plan: Plan, arguments: tuple[str, ...], *, acts: Acts) -> Result:
     announce(plan)
     start, spans = Start(), new_spans()
     with open_folder(plan, arguments) as folder:
-        progress = Progress(plan, folder)
-        learning = _RemoteLearning(plan, folder, start, acts)
+        progress = Progress(plan, folder, spans.writer("parent"))
+        learning = _RemoteLearning(plan, folder, start, acts, spans.writer("learner"))
         host = RobotHost(plan=plan, folder=folder, learning=learning, spans=spans, start=start, progress=progress)
         return finish(folder, host.run(), progress)
 
@@ -65,10 +67,11 @@ def run_remote(plan: Plan, arguments: tuple[str, ...], *, acts: Acts) -> Result:
 class _RemoteLearning:
     """`host.Learning` over a link."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, start: Start, acts: Acts) -> None:
+    def __init__(self, plan: Plan, folder: RunFolder, start: Start, acts: Acts, spans: SpanWriter) -> None:
         assert plan.remote is not None
         settings, spec = plan.settings, plan.task.spec
         self._plan, self._remote, self._folder, self._start, self._acts = plan, plan.remote, folder, start, acts
+        self._spans = spans  # there is no learner here: the link stands for it
         self._run = secrets.token_hex(16)
         self._shrink = make_shrink(spec.image_hw)
         self._codec = make_codec(settings.log.codec, settings.log.jpeg_quality, image_hw=spec.image_hw)
@@ -111,6 +114,7 @@ class _RemoteLearning:
             settings=plan.settings.link,
             outbox=self._outbox,
             events=self,
+            spans=self._spans,
         )
         self._folder.update_run({"link_run": self._run, "learner_url": remote.url, "robot_name": remote.name})
         welcome = self._welcome = await self._link.open()
@@ -182,7 +186,9 @@ class _RemoteLearning:
 
     def add_frame(self, frame: Frame) -> None:
         """Keep a camera frame, encoded once; while the learner waits to answer, send it at once."""
+        taken_ns = monotonic_ns()
         encoded = EncodedFrame(captured_ns=frame.captured_ns, data=self._codec.encode(self._shrink(frame.image)))
+        self._spans.add(Stage.ENCODE, frame.id, taken_ns, monotonic_ns())
         self._outbox.add_frame(frame.id, encoded)
         if self._acts == "learner" and self._episode_open and self._link is not None:
             self._link.frame(frame.id)

@@ -6,13 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from ...config import ServerSettings
 from ...types import EpisodeEnd, FloatArray, Image, Step, TaskSpec
-from ..clock import NS_PER_MS, NS_PER_S, WallClock, monotonic_ns
+from ..clock import NS_PER_S, WallClock, monotonic_ns
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
 from .access import Throttle
@@ -29,13 +29,14 @@ from .wire import (
     Observe,
     Ping,
     RecordHead,
+    Stamps,
     Welcome,
     WireError,
     pack,
     unpack_from_robot,
 )
 
-__all__ = ["Admission", "Hall", "RobotSession", "Tally"]
+__all__ = ["Acted", "Admission", "Hall", "RobotSession", "Tally"]
 
 MIB = 1 << 20
 MESSAGE_COST_BYTES = 1024  # what a message counts for beside its bytes, so that tiny ones are held to a rate too
@@ -54,6 +55,16 @@ class Admission:
     spec: TaskSpec
     codec: str
     welcome: Welcome  # its proof is empty
+
+
+class Acted(NamedTuple):
+    """An answer to an observation."""
+
+    action: FloatArray  # (A,)
+    extras: FloatArray  # (E,)
+    version: tuple[int, int]  # of the policy
+    asked_ns: int = 0  # when the network was asked; 0 where it is not known
+    acted_ns: int = 0  # when its action was there
 
 
 class Hall(Protocol):
@@ -76,8 +87,8 @@ class Hall(Protocol):
 
     async def act(
         self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
-    ) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
-        """Action `(A,)`, extras `(E,)` and the policy's version for an observation; must not block the loop."""
+    ) -> Acted | tuple[FloatArray, FloatArray, tuple[int, int]]:
+        """The answer to an observation; must not block the loop."""
         ...
 
     def left(self, admission: Admission, reason: str) -> None:
@@ -255,8 +266,14 @@ class RobotSession:
                 images = tuple(self._codec.decode(frame.data) for frame in frames)
             except ValueError as error:
                 raise WireError(f"a frame of question {head.ask}: {error}") from None
-            action, extras, version = await self._hall.act(self.admission, images, head, proprio)
-            act_ms = (monotonic_ns() - arrived_ns) / NS_PER_MS
-            answer = Answer(ask=head.ask, version=version, actions=action.size, act_ms=act_ms)
-            await self._send(pack(answer, np.concatenate([action, extras]).astype("<f4", copy=False).tobytes()))
+            decoded_ns = monotonic_ns()
+            acted = Acted(*await self._hall.act(self.admission, images, head, proprio))
+            answer = Answer(
+                ask=head.ask,
+                version=acted.version,
+                actions=acted.action.size,
+                stamps=Stamps(arrived_ns, decoded_ns, acted.asked_ns or decoded_ns, acted.acted_ns or monotonic_ns()),
+            )
+            values = np.concatenate([acted.action, acted.extras])
+            await self._send(pack(answer, values.astype("<f4", copy=False).tobytes()))
             self.tally.answered += 1

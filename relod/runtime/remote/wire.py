@@ -40,6 +40,7 @@ __all__ = [
     "Precision",
     "RecordHead",
     "Refused",
+    "Stamps",
     "Welcome",
     "WireError",
     "pack",
@@ -209,13 +210,22 @@ class PolicyPart(_Head, frozen=True, tag="policy"):
     offset: Count  # in bytes
 
 
+class Stamps(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Moments of the learner's clock. For showing where time goes; nothing is decided by them."""
+
+    received_ns: Stamp  # the question was whole
+    decoded_ns: Stamp  # its images were decoded
+    asked_ns: Stamp  # the network was asked
+    acted_ns: Stamp  # its action was there; what follows is the way back
+
+
 class Answer(_Head, frozen=True, tag="answer"):
     """The action for the observation `ask`. Payload: the action, then the algorithm's extras, float32."""
 
     ask: Count
     version: Version
     actions: Annotated[int, Meta(ge=1, le=1024)]  # values of the action in the payload
-    act_ms: float  # from the question's arrival to here
+    stamps: Stamps | None = None  # of the question's way through the learner
 
 
 class Pong(_Head, frozen=True, tag="pong"):

@@ -248,7 +248,7 @@ def test_the_newest_policy_acts(start):
     publish(run, (1, 3))
     assert ask(warmed(run), admission)[0][2] == (0, 0)  # nobody has looked yet
     assert asyncio.run(run.policies.take())[1] == (1, 3)
-    action, _, version = ask(run, admission)[0]
+    action, _, version, *_ = ask(run, admission)[0]
     assert version == (1, 3)
     assert action.shape == (1,)
     assert np.all(np.abs(action) <= 1)

@@ -404,9 +404,9 @@ def test_an_observation_follows_its_frames_and_is_answered(tmp_path: Path) -> No
         await learner.until(lambda: bool(learner.heads_of(wire.Observe)))
         assert len(learner.heads_of(wire.FrameHead)) == 3
         values = np.array([0.5, -0.5, 1.5], "<f4").tobytes()
-        await learner.tell(wire.Answer(ask=1, version=(1, 2), actions=2, act_ms=0.1), values)
+        await learner.tell(wire.Answer(ask=1, version=(1, 2), actions=2), values)
         await wait_until(lambda: bool(robot.events.answers))
-        assert robot.events.answers == [(wire.Answer(ask=1, version=(1, 2), actions=2, act_ms=0.1), values)]
+        assert robot.events.answers == [(wire.Answer(ask=1, version=(1, 2), actions=2), values)]
         assert 0 < robot.link.figures()["answer_ms"]["max"] < 1000
 
     with_learner(tmp_path, body)
@@ -452,7 +452,7 @@ def test_late_answers_are_counted(tmp_path: Path) -> None:
             robot.link.ask(observe(ask, 1, 2), b"\0" * 4)
             await learner.until(lambda ask=ask: len(learner.heads_of(wire.Observe)) == ask)
         for ask in (1, 2):
-            await learner.tell(wire.Answer(ask=ask, version=(0, 0), actions=2, act_ms=0.1), b"\0" * 8)
+            await learner.tell(wire.Answer(ask=ask, version=(0, 0), actions=2), b"\0" * 8)
         await wait_until(lambda: len(robot.events.answers) == 2)
         assert robot.link.figures()["late_answers"] == 1
 
@@ -545,9 +545,9 @@ def test_a_finished_learner_is_not_waited_for(tmp_path: Path) -> None:
     ("head", "payload"),
     [
         (wire.Ack(seq=7), b""),  # never sent
-        (wire.Answer(ask=1, version=(0, 0), actions=3, act_ms=0.0), bytes(12)),  # another task's
-        (wire.Answer(ask=1, version=(0, 0), actions=2, act_ms=0.0), bytes(4)),
-        (wire.Answer(ask=1, version=(0, 0), actions=2, act_ms=0.0), np.array([np.nan, 0], "<f4").tobytes()),
+        (wire.Answer(ask=1, version=(0, 0), actions=3), bytes(12)),  # another task's
+        (wire.Answer(ask=1, version=(0, 0), actions=2), bytes(4)),
+        (wire.Answer(ask=1, version=(0, 0), actions=2), np.array([np.nan, 0], "<f4").tobytes()),
         (wire.PolicyPart(version=(1, 1), precision="float16", size=2**50, offset=0), bytes(8)),
         (wire.PolicyPart(version=(1, 1), precision="float32", size=100_000, offset=0), bytes(8)),
         (wire.PolicyPart(version=(1, 1), precision="float16", size=100_000, offset=8), bytes(8)),

@@ -75,6 +75,7 @@ FROM_ROBOT: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Ping: st.builds(wire.Ping, sent_ns=stamps, backlog=counts, rtt_ms=floats),
     wire.Bye: st.builds(wire.Bye, reason=lines),
 }
+way_stamps = st.builds(wire.Stamps, received_ns=stamps, decoded_ns=stamps, asked_ns=stamps, acted_ns=stamps)
 FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
     wire.Challenge: st.builds(
         wire.Challenge,
@@ -105,7 +106,9 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
     ),
     wire.Ack: st.builds(wire.Ack, seq=counts),
     wire.PolicyPart: st.builds(wire.PolicyPart, version=versions, precision=precisions, size=counts, offset=counts),
-    wire.Answer: st.builds(wire.Answer, ask=counts, version=versions, actions=st.integers(1, 1024), act_ms=floats),
+    wire.Answer: st.builds(
+        wire.Answer, ask=counts, version=versions, actions=st.integers(1, 1024), stamps=st.none() | way_stamps
+    ),
     wire.Pong: st.builds(wire.Pong, sent_ns=stamps, received_ns=stamps, replied_ns=stamps),
     wire.LearnerNews: st.builds(
         wire.LearnerNews,
@@ -150,7 +153,7 @@ def sample(kind: type[Any]) -> dict[str, Any]:
         **dict.fromkeys(("received_ns", "replied_ns", "updates", "replay_steps"), 1),
         **dict.fromkeys(("relod", "reason", "run_dir", "algorithm", "preset", "message", "hint", "robot"), "words"),
         **dict.fromkeys(("run", "learner"), "0" * 32),
-        **dict.fromkeys(("act_ms", "updates_per_s", "rtt_ms"), 0.5),
+        **dict.fromkeys(("updates_per_s", "rtt_ms"), 0.5),
         **dict.fromkeys(("token", "retry", "has_policy"), True),
         "nonce": bytes(16),
         "proof": b"",
@@ -166,6 +169,7 @@ def sample(kind: type[Any]) -> dict[str, Any]:
         "version": [1, 2],
         "position": None,
         "image_hw": [3, 4],
+        "stamps": [1, 2, 3, 4],
     }
     config = kind.__struct_config__
     return {config.tag_field: config.tag, **{name: values[name] for name in kind.__struct_fields__}}
@@ -194,6 +198,7 @@ def test_every_field_is_needed_unless_it_has_a_default(kind, heads, unpack):
         wire.Observe: {"frames"},
         wire.Ping: {"backlog", "rtt_ms"},
         wire.Challenge: {"image_hw", "preset"},
+        wire.Answer: {"stamps"},
         wire.Refused: {"hint", "retry"},
     }.get(kind, set())
     for name in header:
@@ -231,10 +236,10 @@ def acceptable(name: str, value: Any, given_: Any) -> bool:
     free_text = ("algorithm", "preset")
     return {
         "\n": name in free_text,
-        1.5: name in ("act_ms", "updates_per_s", "rtt_ms"),
-        None: name in ("position", "image_hw"),
-        -(2**63): name.endswith("_ns") or name in ("act_ms", "updates_per_s", "rtt_ms"),
-        2**63: name in ("act_ms", "updates_per_s", "rtt_ms"),
+        1.5: name in ("updates_per_s", "rtt_ms"),
+        None: name in ("position", "image_hw", "stamps"),
+        -(2**63): name.endswith("_ns") or name in ("updates_per_s", "rtt_ms"),
+        2**63: name in ("updates_per_s", "rtt_ms"),
     }.get(given_ if not isinstance(given_, list) else "list", False)
 
 

@@ -24,6 +24,7 @@ from relod.errors import EXIT_BUG, EXIT_SETTINGS, EXIT_START, SafetyStop, Settin
 from relod.runtime.messages import encode
 from relod.runtime.remote import wire
 from relod.runtime.remote.access import client_tls, learner_proof, server_tls
+from relod.runtime.remote.dialing import Dialer
 from relod.runtime.remote.server import LearnerServer
 from tests.runtime.logs import make_end, make_step
 from tests.runtime.remote.certificates import LOCAL_CERT, LOCAL_KEY, OTHER_CERT, OTHER_KEY
@@ -94,6 +95,22 @@ def test_a_ping_is_answered_at_once() -> None:
             assert pong.sent_ns == -5
             assert pong.received_ns <= pong.replied_ns
             assert at.server.figures()["one"]["backlog"] == 7
+
+    play(scene)
+
+
+def test_who_only_measures_the_way_costs_nobody_anything() -> None:
+    async def scene() -> None:
+        async with learner(token=b"secret") as at, at.robot(token=b"secret") as robot:
+            dialer = Dialer(f"ws://{HOST}:{at.port}", token=None, ca=None, join=None)
+            challenge, round_trips_ms = await dialer.probe(connect_s=1.0, hello_s=5.0, pings=5, every_s=0.001)
+            assert challenge.token
+            assert len(round_trips_ms) == 5
+            assert min(round_trips_ms) > 0
+            await robot.send(wire.Ping(sent_ns=1))
+            await robot.get(wire.Pong)
+            assert list(at.server.figures()) == ["one"]
+            assert at.said == []
 
     play(scene)
 
