@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import torch
 
-from ..algos.agent import Learner, find_algorithm
+from ..algos.agent import Learner
+from ..algos.checked import find_algorithm, rehearse_learner
 from ..config import LearnerSettings, Section
 from ..errors import StartError
 from ..types import TaskSpec
@@ -105,19 +106,21 @@ class WorkerJob:
 
 def run_worker_process(channel: Channel, job: WorkerJob) -> None:
     """Body of the worker process under a supervisor."""
-    channel.send(Ready())
-    run_worker(job, lambda text: channel.send(Event(text)))
+    run_worker(job, lambda text: channel.send(Event(text)), lambda: channel.send(Ready()))
 
 
-def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None) -> None:
+def run_worker(
+    job: WorkerJob, say: Callable[[str], object] = lambda text: None, ready: Callable[[], object] = lambda: None
+) -> None:
     """Body of the worker process; returns after the last checkpoint when the link ends or on SIGTERM.
 
-    `say` is called with what a person should read.
+    `say` is called with what a person should read, `ready` once the algorithm has shown that it can learn here.
 
     Raises:
         StartError: no such torch device, or no checkpoint can be read.
-        SettingsError: the checkpoint belongs to other settings.
+        SettingsError: the checkpoint belongs to other settings, or the algorithm cannot learn here.
         SafetyStop: the disk is full, or learning diverged a second time.
+        PackageError: the algorithm failed.
     """
     stop = _catch_signals()
     _yield_to_others()
@@ -126,6 +129,10 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
     threads = job.settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     algorithm = find_algorithm(job.algorithm)
+
+    staged = device.type == "cuda"
+    rehearse_learner(algorithm, job.spec, job.agent, device=device, whole_frames=staged)
+    ready()
 
     def build() -> Learner:
         return algorithm.build_learner(job.spec, job.agent, seed=job.seed, device=device)
@@ -137,7 +144,7 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
             algorithm.needs(job.spec, job.agent),
             job.settings,
             threads=threads,
-            staged=device.type == "cuda",
+            staged=staged,
         ),
         epoch=_next_epoch(job),
         seed=job.seed,

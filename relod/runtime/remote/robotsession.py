@@ -143,7 +143,8 @@ class _RemoteLearning:
 
     def _open_actor(self, welcome: Welcome) -> Opening:
         """The actor with the learner's settings, and the box that its policies go into."""
-        from ...algos.agent import find_algorithm, policy_size
+        from ...algos.agent import policy_size
+        from ...algos.checked import find_algorithm
         from ..acting import BoxActor
         from ..policy import PolicyBox, PolicyWriter
 
