@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -143,8 +143,8 @@ class Learner:
 
 class Algorithm:
     settings_type: Any = FaultySettings
-    presets: Any = {"faulty": {"task": {"image_height": 24, "image_width": 32}}}
-    profiles: Any = {}
+    presets: ClassVar[Any] = {"faulty": {"task": {"image_height": 24, "image_width": 32}}}
+    profiles: ClassVar[Any] = {}
 
     def __init__(self, fault: str) -> None:
         self.fault = fault

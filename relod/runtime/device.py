@@ -191,7 +191,9 @@ class _Device:
         before = self._driver.published
         await self._driver.open()
         waited_ns = monotonic_ns()
-        while self._driver.published == before:
+        while self._driver.published == before or self._failure is not None:
+            if self._failure is not None:
+                raise StartError(self._failure.message, self._failure.hint)
             if monotonic_ns() - waited_ns > FIRST_PACKET_LIMIT_S * NS_PER_S:
                 raise StartError(
                     f"{self._driver.name} is open, and published no sensor packet within {FIRST_PACKET_LIMIT_S:g} s",

@@ -123,16 +123,17 @@ def run_worker(
         PackageError: the algorithm failed.
     """
     stop = _catch_signals()
-    _yield_to_others()
+    algorithm = find_algorithm(job.algorithm)
     device = _choose_device(job.settings.device)
+    staged = device.type == "cuda"
+    if job.box.latest.newest() is None:  # nobody acts by this learner yet: it need not yield, and is waited for
+        torch.set_num_threads(1)
+        rehearse_learner(algorithm, job.spec, job.agent, device=device, whole_frames=staged)
+    ready()
+    _yield_to_others()
     keep_freed_memory()
     threads = job.settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    algorithm = find_algorithm(job.algorithm)
-
-    staged = device.type == "cuda"
-    rehearse_learner(algorithm, job.spec, job.agent, device=device, whole_frames=staged)
-    ready()
 
     def build() -> Learner:
         return algorithm.build_learner(job.spec, job.agent, seed=job.seed, device=device)
@@ -273,9 +274,10 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _yield_to_others() -> None:
-    """Lowest scheduling class, before any thread starts."""
+    """Lowest scheduling class, for the threads that run already as for those they will start."""
     try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     except OSError:  # some sandboxes forbid the call; the next best
         os.nice(19)
 
