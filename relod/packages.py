@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
 from .errors import PackageError, RelodError
 
-__all__ = ["Watch", "calling", "check_methods", "full_name", "ours", "place", "raised", "shown"]
+__all__ = ["Watch", "calling", "check_methods", "distribution", "full_name", "ours", "place", "raised", "shown"]
 
 MEND = "mend the package; --debug and the run's children.log show the traceback"
 MAX_SHOWN = 80  # characters of a value
@@ -26,6 +27,13 @@ def full_name(thing: Any, method: str = "") -> str:
     kind = thing if isinstance(thing, type) or inspect.isroutine(thing) else type(thing)
     name = f"{kind.__module__}.{kind.__qualname__}"
     return f"{name}.{method}" if method else name
+
+
+def distribution(target: str) -> str:
+    """`NAME VERSION` of the installed package that "module:attribute" is in; "" where none says so."""
+    module = target.partition(":")[0].partition(".")[0]
+    names = packages_distributions().get(module, [])
+    return f"{names[0]} {version(names[0])}"[:64] if names else ""
 
 
 def ours(thing: Any) -> bool:

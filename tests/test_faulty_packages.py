@@ -9,12 +9,12 @@ import torch
 
 from relod.algos.checked import rehearse_learner, rehearse_policy
 from relod.config import load
-from relod.errors import EXIT_SAFETY, EXIT_START, PackageError, RelodError, SettingsError
+from relod.errors import EXIT_LINK, EXIT_SAFETY, EXIT_SETTINGS, EXIT_START, PackageError, RelodError, SettingsError
 from relod.robots import registry
 from relod.runtime.modes import run_robot
 from relod.runtime.stack import parse_place
 from relod.testing.agent import SPEC
-from tests.commands import emulator, robot, stood_after_ms
+from tests.commands import emulator, learner, robot, stood_after_ms
 from tests.fakes import small_request
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +258,39 @@ def test_an_actor_at_fault_in_mid_motion_leaves_the_robot_standing(tmp_path, fau
         log = world.stop()
     assert any(abs(record["left_mm_s"]) > 50 for record in log), "it never moved"
     stood_after_ms(log, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_learner_whose_actor_fails_ends_and_its_robot_stands(tmp_path, faulty) -> None:
+    algo = ("--algo", "tests.faulty:act_raises_late")
+    with (
+        learner(tmp_path, *algo, name="-learner", quick=WALL) as teacher,
+        robot(
+            tmp_path,
+            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url, "--set", "link.wait_s=1"),
+            quick=WALL,
+        ) as command,
+    ):
+        assert teacher.wait() == EXIT_SAFETY, teacher.messages()
+        assert "tests.faulty.Policy.forward raised ValueError: no such thing (faulty.py line" in teacher.messages()
+        assert command.wait() == EXIT_LINK, command.messages()
+        assert command.result()["stopped_cleanly"] is True
+        for each in (teacher, command):
+            assert "Traceback" not in each.messages()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", ["remote-local", "remote-only"])
+def test_a_learner_refuses_a_robot_with_what_is_wrong_of_its_algorithm(tmp_path, faulty, mode: str) -> None:
+    algo = ("--algo", "tests.faulty:act_short")
+    with learner(tmp_path, *algo, name="-learner", quick=WALL) as teacher:
+        own = algo if mode == "remote-local" else ()
+        with robot(tmp_path, "--task", "track", "--mode", mode, *own, "--learner", teacher.url, quick=WALL) as command:
+            assert command.wait() == EXIT_SETTINGS, command.messages()
+            assert "tests.faulty.Policy.forward returned actions of (1, 1) float32" in command.messages()
+            assert "Traceback" not in command.messages()
 
 
 @pytest.mark.slow

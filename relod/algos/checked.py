@@ -5,6 +5,7 @@ Relod's own algorithms are not wrapped: their tests hold them to the interface.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,14 @@ from ..types import RawSettings, TaskSpec
 from .agent import POLICY_PREFIX, Algorithm, Learner, Minibatches, Needs, check_answer
 from .batch import Batch
 
-__all__ = ["CheckedAlgorithm", "CheckedLearner", "find_algorithm", "rehearse_learner", "rehearse_policy"]
+__all__ = [
+    "CheckedAlgorithm",
+    "CheckedLearner",
+    "find_algorithm",
+    "policy_layout",
+    "rehearse_learner",
+    "rehearse_policy",
+]
 
 HINT = "docs/algos/write-your-own.md says what an algorithm offers"
 SECTIONS_HINT = "a preset is a tree of settings, for example {'agent': {...}, 'replay': {...}}"
@@ -163,6 +171,12 @@ def _policy(policy: Any, who: str, kind: type[RelodError]) -> nn.Module:
 
 
 # -- before anything moves ---------------------------------------------------------------------------------------------
+
+
+def policy_layout(policy: nn.Module) -> str:
+    """Digest of the names and shapes of a policy's parameters, in which its values travel."""
+    layout = repr([(name, tuple(parameter.shape)) for name, parameter in policy.named_parameters()])
+    return hashlib.blake2b(layout.encode(), digest_size=16).hexdigest()
 
 
 def rehearse_policy(algorithm: Algorithm[Any], spec: TaskSpec, settings: Any) -> nn.Module:

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from ..algos.agent import Learner, Rollouts, policy_size
-from ..algos.checked import rehearse_learner, rehearse_policy
+from ..algos.checked import policy_layout, rehearse_learner, rehearse_policy
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
 from .checkpoint import CHECKPOINTS, PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
@@ -49,7 +49,9 @@ class LearnerSide:
         self.needs = plan.algorithm.needs(spec, settings.agent)
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
         self.experience = Experience(plan, folder, end=end)
-        self.box = PolicyBox(policy_size(rehearse_policy(plan.algorithm, spec, settings.agent)))
+        policy = rehearse_policy(plan.algorithm, spec, settings.agent)
+        self.policy_layout = policy_layout(policy)
+        self.box = PolicyBox(policy_size(policy))
         # The same reader as the worker's tells when an update is due, for which robots have to wait.
         self._rollouts = RolloutReader(self.experience.table) if isinstance(self.needs.memory, Rollouts) else None
         self._forget_worker()
