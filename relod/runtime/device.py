@@ -185,7 +185,8 @@ class _Device:
                 ):
                     group.create_task(body(), name=f"device{body.__name__}")
         except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            first = failures.exceptions[0]
+            raise first from first.__cause__  # as it was: the group says nothing more
 
     async def _open(self) -> None:
         before = self._driver.published

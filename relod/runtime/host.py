@@ -405,13 +405,14 @@ class RobotHost:
         """
         for name, limit_s in self._silence_limits_s.items():
             before_s, self._silent_s[name] = self._silent_s[name], self._silent_s[name] + VIEW_PERIOD_S
-            if not before_s < limit_s <= self._silent_s[name] or name not in self._supervisor.children:
-                continue
+            child = self._supervisor.children.get(name)
+            if not before_s < limit_s <= self._silent_s[name] or child is None or not child.alive or child.failure:
+                continue  # one that has said why it ends is about to
             place = await self._supervisor.place(name)
             told = f"nothing heard of the {name} process for {limit_s:g} s: it hangs{' in ' if place else ''}{place}"
             if name == "control":
                 self.end(SafetyStop(f"{told}; the robot was stopped", "its stack is in the run's children.log"))
-            elif self._silent_s[name] > 0:  # it may have come back meanwhile
+            elif place and self._silent_s[name] > 0:  # it may have come back meanwhile
                 self.event(name, f"{told}; its stack is in the run's children.log")
 
     def _close_period(self) -> None:
