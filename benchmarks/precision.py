@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relod.algos.agent import bind_policy, find_algorithm, flatten_policy, policy_from_state
+from relod.algos.agent import bind_policy, flatten_policy, policy_from_state
+from relod.algos.checked import find_algorithm
 from relod.config import load
 from relod.robots import registry
 from relod.runtime.checkpoint import CHECKPOINTS, newest_readable

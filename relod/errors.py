@@ -4,6 +4,7 @@
     ├── SettingsError         2  a wrong setting, name, value or combination
     ├── StartError            3  a device, port, file or learner that is needed to start
     ├── SafetyStop            4  the run was ended because going on was not safe
+    │   └── PackageError      4  an algorithm, task, driver or world of another package failed in mid-run
     └── LinkLost              5  the learner stayed away past the deadline
 
 130 and 143 are what a shell expects after SIGINT and SIGTERM.
@@ -56,6 +57,10 @@ class SafetyStop(RelodError):
     """The run was ended because going on was not safe; the message says whether the robot is known to stand."""
 
     exit_code = EXIT_SAFETY
+
+
+class PackageError(SafetyStop):
+    """Code of another package raised an error, or gave what its interface does not allow; the message names it."""
 
 
 class LinkLost(RelodError):

@@ -6,7 +6,8 @@ import difflib
 import importlib
 from typing import Any
 
-from .errors import SettingsError
+from .errors import RelodError, SettingsError
+from .packages import raised
 
 __all__ = ["load_attribute"]
 
@@ -15,8 +16,8 @@ def load_attribute(path: str, what: str) -> Any:
     """Import "module:attribute".
 
     Raises:
-        SettingsError: the text has another form, the module or something it needs is missing, or the module has no
-            such attribute; the message begins with `what` and says which of these it was.
+        SettingsError: the text has another form, the module or something it needs is missing, the module fails as it
+            is imported, or it has no such attribute; the message begins with `what` and says which of these it was.
     """
     module_name, colon, attribute = path.partition(":")
     if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module_name.split("."))):
@@ -30,6 +31,11 @@ def load_attribute(path: str, what: str) -> Any:
         raise SettingsError(
             f"{what}: {module_name} needs the module {missing!r}, which is not installed", f"install {missing}"
         ) from error
+    except RelodError:
+        raise
+    except (Exception, SystemExit) as error:  # a module that ends the program is no better than one that fails
+        hint = "mend the package; --debug shows the traceback"
+        raise SettingsError(f"{what}: importing {module_name} raised {raised(error)}", hint) from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Section
-from ..errors import SettingsError
-from ..loading import load_attribute
+from ..errors import PackageError, SettingsError
+from ..packages import calling, full_name, shown
 from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
 from .batch import Window
 
@@ -33,12 +33,14 @@ __all__ = [
     "Rollouts",
     "TorchActor",
     "bind_policy",
-    "find_algorithm",
+    "check_answer",
     "flatten_policy",
     "policy_from_state",
     "policy_size",
 ]
 
+ACTION_BOUND = 1.0 + 1e-5  # with what rounding may add
+MAX_NOT_FINITE = 25  # answers in a row: a second in which the robot stood
 POLICY_PREFIX = "policy."  # of the policy's own tensors in a learner's state
 
 Precision: TypeAlias = Literal["float16", "float32"]
@@ -151,11 +153,6 @@ class Algorithm(Protocol[SectionT_contra]):
         ...
 
 
-def find_algorithm(name: str) -> Algorithm[Any]:
-    """Import the algorithm called "module:attribute"; `SettingsError` when there is none."""
-    return load_attribute(name, "the algorithm")  # type: ignore[no-any-return]
-
-
 def policy_size(policy: nn.Module) -> int:
     """Number of float32 values that make up a policy."""
     return sum(parameter.numel() for parameter in policy.parameters())
@@ -212,6 +209,29 @@ class FixedPolicy:
     version: tuple[int, int] = (1, 0)
 
 
+def check_answer(answer: Any, actions: int, extras: int, who: str) -> tuple[FloatArray, FloatArray]:
+    """A policy's answer to one observation: the action `(A,)` and the extras `(E,)`, float32.
+
+    Raises:
+        PackageError: it has another form, type or shape, or an action lies outside [-1, 1]. One that is not finite
+            passes: the cycle makes the robot stand.
+    """
+    hint = f"it must return actions (B, {actions}) in [-1, 1] and extras (B, {extras}), both float32"
+    if not (isinstance(answer, tuple | list) and len(answer) == 2):
+        raise PackageError(f"{who} returned {shown(answer)}, not actions and extras", hint)
+    for name, value, size in (("actions", answer[0], actions), ("extras", answer[1], extras)):
+        if not isinstance(value, Tensor):
+            raise PackageError(f"{who} returned {shown(value)} as {name}, which is no tensor", hint)
+        if value.shape != (1, size) or value.dtype != torch.float32:
+            told = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            raise PackageError(f"{who} returned {name} of {told}, not {(1, size)} float32", hint)
+    values: FloatArray = answer[0][0].numpy()
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > ACTION_BOUND and math.isfinite(largest):
+        raise PackageError(f"{who} returned an action of {largest:g}, outside [-1, 1]", hint)
+    return values, answer[1][0].numpy()
+
+
 class TorchActor:
     """Runs a policy on single observations; implements `types.Actor`.
 
@@ -234,6 +254,7 @@ class TorchActor:
         self._needs = needs
         self._rng = rng
         self._deterministic = deterministic
+        self._not_finite = 0  # answers in a row
         self._no_noise = np.zeros(spec.action_dim, np.float32)
         self._held = self._no_noise
         self._held_left = 0
@@ -241,6 +262,11 @@ class TorchActor:
         self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
         self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
+
+    @property
+    def name(self) -> str:
+        """Of what is asked for actions."""
+        return full_name(self._source.module, "forward")
 
     def act(self, observation: Observation) -> Action:
         """The action for `observation`, with the version of the policy it came from."""
@@ -286,10 +312,20 @@ class TorchActor:
             if self._noise is not None:  # a first-order process: each value is standard normal, as a fresh one is
                 fresh = self._keep * self._noise + math.sqrt(1 - self._keep**2) * fresh
             noise = self._noise = fresh
-        with torch.inference_mode():
-            values, extras = self._source.module(
+        module = self._source.module
+        who = full_name(module, "forward")
+        with calling(who), torch.inference_mode():
+            answer = module(
                 torch.from_numpy(self._images),
                 torch.from_numpy(observation.proprio)[None],
                 torch.from_numpy(noise)[None],
             )
-        return values[0].numpy(), extras[0].numpy()
+        values, extras = check_answer(answer, noise.size, self._needs.extras, who)
+        self._not_finite = 0 if np.isfinite(values).all() and np.isfinite(extras).all() else self._not_finite + 1
+        if self._not_finite >= MAX_NOT_FINITE:
+            raise PackageError(
+                f"{who} returned {shown(values.tolist())} with extras {shown(extras.tolist())}: not finite"
+                f" {MAX_NOT_FINITE} times in a row; the robot stood",
+                "its parameters were finite: what does it do with them?",
+            )
+        return values, extras

@@ -90,7 +90,7 @@ class RealTimeEnv(gymnasium.Env[Any, Any]):
         render_mode: str | None = None,
     ) -> None:
         entry, loaded = task_settings(task, world, None, {}, tuple(settings))
-        self._spec = entry.build(loaded.task).spec
+        self._spec = entry.make_task(loaded.task).spec
         self.metadata = {"render_modes": RENDER_MODES, "render_fps": round(NS_PER_S / self._spec.cycle_ns)}
         self.render_mode = render_mode
         self.action_space = action_space(self._spec)
@@ -209,7 +209,7 @@ def _plan(job: _Job, folder: str) -> Plan:
     return Plan(
         task_name=job.task,
         entry=entry,
-        task=entry.build(loaded.task),
+        task=entry.make_task(loaded.task),
         mode="gymnasium",
         algorithm_name="",
         algorithm_target="",

@@ -44,7 +44,7 @@ class VirtualEnv(gymnasium.Env[Any, Any]):
         render_mode: str | None = None,
     ) -> None:
         self._entry, self._settings = task_settings(task, world, None, {}, tuple(settings))
-        self._spec = self._entry.build(self._settings.task).spec
+        self._spec = self._entry.make_task(self._settings.task).spec
         self.metadata = {"render_modes": RENDER_MODES, "render_fps": round(NS_PER_S / self._spec.cycle_ns)}
         self.render_mode = render_mode
         self.action_space = action_space(self._spec)
@@ -107,7 +107,7 @@ class VirtualEnv(gymnasium.Env[Any, Any]):
         self._frames: dict[int, Image] = {}
         self._shrink = make_shrink(spec.image_hw)
         self._cycle = Cycle(
-            task=entry.build(settings.task),
+            task=entry.make_task(settings.task),
             actor=AskingHost(),
             safety=settings.safety,
             rng=random_stream(seed, "reset"),

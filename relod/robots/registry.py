@@ -16,7 +16,9 @@ from typing import Any
 from ..config import Section
 from ..errors import SettingsError
 from ..loading import load_attribute
+from ..packages import calling, full_name
 from ..types import RawSettings, Task
+from .checked import check_task
 
 __all__ = ["ALGORITHMS", "TASKS", "TaskEntry", "algorithm", "load_attribute", "names", "target", "task"]
 
@@ -58,7 +60,15 @@ class TaskEntry:
         for section, kind in found.items():
             if not (isinstance(kind, type) and issubclass(kind, Section)):
                 raise SettingsError(f"{self.settings[section]!r} is not a section of settings but {kind!r}")
+        if missing := sorted({"task", "robot", "sim"} - found.keys()):
+            raise SettingsError(f"the task's settings lack the section {missing[0]!r}", "name a type for each section")
         return found
+
+    def make_task(self, settings: Any) -> Task:
+        """The task with its section's settings, checked; `SettingsError` says what it lacks."""
+        with calling(full_name(self.build), SettingsError):
+            made = self.build(settings)
+        return check_task(made, self.command_names)
 
 
 def task(name: str) -> TaskEntry:
@@ -74,8 +84,10 @@ def task(name: str) -> TaskEntry:
 
 
 def algorithm(name: str) -> Any:
-    """The algorithm called `name`, as its room defines it; `SettingsError` as for `task`."""
-    return load_attribute(target("algorithm", name), f"algorithm {name!r}")
+    """The algorithm called `name`, checked; `SettingsError` as for `task`."""
+    path = target("algorithm", name)
+    find = load_attribute("relod.algos.checked:find_algorithm", "algorithms")  # here, for a robot may have no torch
+    return find(path, f"algorithm {name!r}")
 
 
 def names(kind: str) -> dict[str, str]:

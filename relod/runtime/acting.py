@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..algos.agent import TorchActor, bind_policy, find_algorithm
+from ..algos.agent import TorchActor, bind_policy
+from ..algos.checked import find_algorithm
 from ..config import Section
 from ..seeds import random_stream
 from ..types import FloatArray, Observation, TaskSpec

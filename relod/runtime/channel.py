@@ -29,6 +29,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     exit_code: int
     message: str
     hint: str = ""
+    again: bool = False  # whether another start may mend it
 
 
 class Event(msgspec.Struct, frozen=True, tag=True):

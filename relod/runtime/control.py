@@ -20,6 +20,7 @@ import uvloop
 
 from ..config import SafetySettings
 from ..errors import SafetyStop
+from ..packages import Watch
 from ..seeds import random_stream
 from ..types import Action, Actor, Command, Frame, Observation, Task
 from .channel import Channel, Event, Ready, Report
@@ -36,6 +37,7 @@ from .spans import SpanRing, SpanWriter, Stage
 __all__ = ["BEGIN", "HOLD", "ActorHost", "ControlJob", "run_control"]
 
 BEGIN, HOLD = "begin", "hold:"  # what the parent tells; a reason follows the latter, or nothing
+SLOW_AGAIN_S = 10  # between two warnings that a cycle was too long
 OUTBOX_LIMIT = 4096  # messages the parent may be behind, 90 s of steps, before the run is ended
 
 
@@ -91,7 +93,12 @@ class _Control:
         self._host = job.build_actor()
         spec = self._task.spec
         self._actor = _TimedActor(self._host.actor)
+        self._watch = Watch(monotonic_ns)
+        self._failure: SafetyStop | None = None  # in an answer, between two cycles
+        self._slow = 0  # cycles in which task and actor took longer than one
+        self._slow_told_ns = 0
         self._cycle = Cycle(
+            watch=self._watch,
             task=self._task,
             actor=self._actor,
             safety=job.safety,
@@ -158,7 +165,10 @@ class _Control:
         inputs = self._sense()
         sensed_ns = monotonic_ns()
         self._spans.add(Stage.OBSERVE, index, start_ns, sensed_ns)
+        self._watch.restart()
         try:
+            if self._failure is not None:
+                raise self._failure
             version = self._host.version
             tick = self._cycle.tick(start_ns, inputs)
         except SafetyStop:
@@ -168,7 +178,9 @@ class _Control:
         if tick.asked is None or self._waiting:
             self._command(index, deadline_ns, tick.command)
         self._waiting = tick.asked is not None
-        self._spans.add(Stage.DECIDE, index, sensed_ns, monotonic_ns())
+        decided_ns = monotonic_ns()
+        self._spans.add(Stage.DECIDE, index, sensed_ns, decided_ns)
+        self._note_slow(decided_ns)
         # From here on the robot has its command; the rest is slack.
         self._stamp(index, start_ns, inputs)
         self._send(start_ns, inputs, tick, version)
@@ -180,6 +192,23 @@ class _Control:
         if start_ns - self._reported_ns > NS_PER_S:
             self._reported_ns = start_ns
             self._report(inputs)
+
+    def _note_slow(self, now_ns: int) -> None:
+        """Name a part of task or policy that alone takes longer than a cycle, at first and then every 10 s."""
+        cycle_ns, took_ns = self._task.spec.cycle_ns, self._watch.longest_ns
+        if took_ns <= cycle_ns:
+            return
+        self._slow += 1
+        if self._slow_told_ns == 0 or now_ns - self._slow_told_ns > SLOW_AGAIN_S * NS_PER_S:
+            self._slow_told_ns = now_ns
+            limit_ms = self._job.safety.command_timeout_ms
+            self._channel.send(
+                Event(
+                    f"{self._watch.longest} took {took_ns / NS_PER_MS:.0f} ms, and a cycle has"
+                    f" {cycle_ns / NS_PER_MS:g} ms (so far {self._slow} times): the robot keeps its last command"
+                    f" meanwhile, and is stopped after {limit_ms:g} ms"
+                )
+            )
 
     def _sense(self) -> Inputs:
         ring = self._job.frames
@@ -205,7 +234,11 @@ class _Control:
                 asyncio.get_running_loop().remove_reader(self._job.stream.fileno())
                 return
             asked_ns, action = decode_answer(data)
-            command = self._cycle.answer(action, asked_ns, monotonic_ns())
+            try:
+                command = self._cycle.answer(action, asked_ns, monotonic_ns())
+            except SafetyStop as error:  # nobody above a callback takes it: the next cycle does
+                self._failure = error
+                return
             if command is not None:
                 self._waiting = False
                 self._command(self._index, self._deadline_ns, command)
@@ -299,7 +332,7 @@ class _Control:
             "torn_reads": float(self._job.sensors.ring.kept + self._job.frames.ring.kept),
         }
         if inputs is not None and len(inputs.window.seq):
-            values |= {f"status.{name}": value for name, value in self._task.status(inputs.window).items()}
+            values |= {f"status.{name}": value for name, value in self._cycle.status(inputs.window).items()}
             values["sensor_age_ms"] = (monotonic_ns() - int(inputs.window.arrived_ns[-1])) / NS_PER_MS
         if inputs is not None and inputs.frames:
             values["frame_age_ms"] = (monotonic_ns() - inputs.frames[-1].captured_ns) / NS_PER_MS

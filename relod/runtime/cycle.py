@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..config import SafetySettings
-from ..errors import SafetyStop
+from ..errors import PackageError, SafetyStop
+from ..packages import Watch, calling, full_name, shown
+from ..robots.checked import CheckedTask
 from ..robots.limits import Limits, apply
 from ..types import (
     Action,
@@ -33,6 +35,8 @@ from ..types import (
 from .clock import NS_PER_MS, NS_PER_S
 
 __all__ = ["Cycle", "Inputs", "Phase", "Tick"]
+
+MAX_REJECTED = 25  # commands that are not finite, in a row: a second in which the robot stood
 
 
 class Phase(enum.Enum):
@@ -77,6 +81,7 @@ class Cycle:
         shrink: full-size image -> the image the agent sees.
         max_steps: environment steps after which the run is over; 0 for no limit.
         first_episode, first_step: counters to go on from.
+        watch: told how long actor and task took.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Cycle:
         max_steps: int = 0,
         first_episode: int = 0,
         first_step: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         self.phase = Phase.HOLDING
         self.steps = first_step
@@ -98,11 +104,16 @@ class Cycle:
         self.return_ = 0.0
         self.rejected = 0  # actions with NaN or infinity; the robot stood instead
         self.late = 0  # steps whose own answer came after the next deadline, or never
-        self._task, self._actor, self._safety, self._rng, self._shrink = task, actor, safety, rng, shrink
+        self._task, self._watch = CheckedTask(task, watch), watch
+        self._actor, self._safety, self._rng, self._shrink = actor, safety, rng, shrink
+        self._command_name = full_name(task, "command")
+        self._rejected_commands = 0  # in a row
+        self._told_rejected = False  # in this episode
+        self._event = ""  # to be told with the next tick
         self._max_steps = max_steps
         self._limits: Limits = task.limits
         self._reset_limits: Limits = task.reset_limits
-        self._previous = task.stop().values
+        self._previous = self._task.stop().values
         self._images: dict[int, Image] = {}
         self._observation: Observation | None = None
         self._action: Action | None = None
@@ -118,7 +129,13 @@ class Cycle:
         self._epoch = 0.0
 
     def tick(self, now_ns: int, inputs: Inputs) -> Tick:
-        """Decide. `SafetyStop` when the senses stay away too long or a reset cannot be done."""
+        """Decide. `SafetyStop` when the senses stay away too long, a reset cannot be done, or task or actor fail."""
+        tick = self._tick(now_ns, inputs)
+        if self._event and not tick.event:
+            tick, self._event = replace(tick, event=self._event), ""
+        return tick
+
+    def _tick(self, now_ns: int, inputs: Inputs) -> Tick:
         self._at_tick, self._window = self._previous, inputs.window
         self._take_images(inputs.frames)
         trouble = self._trouble(now_ns, inputs)
@@ -144,6 +161,10 @@ class Cycle:
         self._answered_ns, self._unanswered = asked_ns, 0
         return self._take(action, now_ns)
 
+    def status(self, window: SensorWindow) -> Mapping[str, float | str]:
+        """What the task shows of the robot."""
+        return self._task.status(window)
+
     def cut(self, reason: str) -> Tick:
         """End the episode now, and go on with a reset; the step in flight has no outcome and is dropped."""
         end = self._close(self._observation, terminated=False, success=False, reason=reason)
@@ -151,16 +172,20 @@ class Cycle:
         return self._stand(Phase.HOLDING, end=end)
 
     def interrupt(self, reason: str) -> Tick:
-        """End the run now. The step in flight has no outcome and is dropped; its observation closes the episode."""
+        """End the run now, whatever the task does. The step in flight has no outcome and is dropped; its observation
+        closes the episode."""
         end = self._close(self._observation, terminated=False, success=False, reason=reason)
         self.phase = Phase.OVER
-        return self._stand(Phase.OVER, end=end)
+        command = self._task.stand()
+        self._previous = command.values
+        return Tick(command=command, phase=Phase.OVER, end=end)
 
     # -- episode ---------------------------------------------------------------------------------------------------
 
     def _begin_episode(self, now_ns: int, inputs: Inputs) -> Tick:
         self.phase = Phase.RUNNING
         self.index, self.return_ = 0, 0.0
+        self._told_rejected = False
         self._actions[:] = 0
         self._epoch = _connection_epoch(inputs.window)
         self._answered_ns, self._unanswered = now_ns - 1, 0  # answers to what was asked before are of no use
@@ -214,7 +239,8 @@ class Cycle:
     def _act(self, observation: Observation, step: Step | None = None) -> Tick:
         """Ask the actor. Until a later answer comes the action stays as it is."""
         self._observation, self._acted_ns = observation, observation.now_ns
-        action = self._actor.act(observation)
+        with calling(getattr(self._actor, "name", "the actor"), watch=self._watch):
+            action = self._actor.act(observation)
         if action is None:
             return Tick(command=self._hold(), phase=Phase.RUNNING, step=step, asked=observation)
         self._answered_ns = observation.now_ns
@@ -222,8 +248,9 @@ class Cycle:
 
     def _take(self, action: Action, now_ns: int) -> Command:
         """The command for an action, which is the step's from now on."""
-        sane = bool(np.isfinite(action.values).all())
+        sane = bool(np.isfinite(action.values).all() and np.isfinite(action.extras).all())
         if not sane:
+            self._note_rejected(f"the action {shown(action.values.tolist())} of step {self.index}")
             action = Action(
                 values=np.zeros_like(action.values), policy_version=action.policy_version, extras=action.extras
             )
@@ -244,6 +271,12 @@ class Cycle:
     def _interrupted(self, trouble: str) -> Tick:
         tick = self.cut(trouble)
         return replace(tick, event=f"{trouble}: the robot stands until it is well again")
+
+    def _note_rejected(self, what: str) -> None:
+        """Once in an episode; each is counted."""
+        if not self._told_rejected:
+            self._told_rejected = True
+            self._event = f"{what} is not finite: the robot stands instead"
 
     def _close(self, last: Observation | None, *, terminated: bool, success: bool, reason: str) -> EpisodeEnd | None:
         """The episode's end, or None when no step of it was completed."""
@@ -347,6 +380,15 @@ class Cycle:
         limited = apply(limits, self._previous, command.values)
         self.rejected += limited.rejected
         self._previous = limited.values
+        self._rejected_commands = self._rejected_commands + 1 if limited.rejected else 0
+        if limited.rejected:
+            self._note_rejected(f"the command {shown(command.values)}")
+        if self._rejected_commands >= MAX_REJECTED:
+            raise PackageError(
+                f"{self._command_name} or reset gave a command that is not finite {MAX_REJECTED} times in a row:"
+                f" {shown(command.values)}; the robot stood",
+                "mend the task, or see what its sensors say with `relod check`",
+            )
         return Command(values=limited.values, request=command.request)
 
 

@@ -21,8 +21,9 @@ import numpy.typing as npt
 import uvloop
 
 from ..config import SafetySettings, Section
-from ..errors import EXIT_SIGTERM, RelodError, SafetyStop, StartError
+from ..errors import EXIT_SIGTERM, PackageError, RelodError, SafetyStop, StartError
 from ..loading import load_attribute
+from ..robots.checked import CheckedDriver
 from ..types import Driver
 from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
@@ -46,6 +47,7 @@ STAND_LIMIT_NS = 600 * NS_PER_MS
 # Packets this soon after a command may still show the robot before it: 17 ms to act, 15 ms to sense, 20 ms to arrive.
 REACT_NS = 100 * NS_PER_MS
 REOPEN_PAUSE_S = 0.1
+FIRST_PACKET_LIMIT_S = 3.0  # from the return of `open`, which should have waited for it
 
 
 class DeviceDriver(Driver, Protocol):
@@ -122,12 +124,15 @@ class _Device:
         self._checks_held = 0
         self._writer = WriterWatch(self._on_writer_gone)
         self._commands = self._late = self._stops = self._write_errors = 0
+        self._failure: RelodError | None = None  # of the driver, where nobody waited for its answer
+        self._failed = asyncio.Event()
         job.sensors.ring.take_over()
         newest = self._ring.newest()  # what was asked before this process ran is not executed any more
         self._seen, self._request_id = (newest[0], int(newest[1]["request_id"])) if newest else (0, 0)
         factory: DriverFactory = load_attribute(job.driver, "the driver")
-        self._driver = factory(job.address, job.settings, job.sensors.publish, self._tell)
-        self._driver.connection_epoch = self._last_epoch()
+        driver = CheckedDriver(factory, job.sensors.names, self._fail)
+        self._driver = driver.make(job.address, job.settings, job.sensors.publish, self._tell)
+        self._driver.resume_epoch(self._last_epoch())
 
     def _last_epoch(self) -> int:
         window = self._job.sensors.window(1)
@@ -166,7 +171,7 @@ class _Device:
     async def _work(self) -> None:
         if self._job.realtime:
             enter("device")
-        await self._driver.open()
+        await self._open()
         await self._start_guard()
         gc.collect()
         gc.freeze()  # what exists now lives to the end; later collections stay under a millisecond
@@ -175,10 +180,41 @@ class _Device:
         self._channel.send(Ready({"address": self._job.address}))
         try:
             async with asyncio.TaskGroup() as group:
-                for body in (self._keep_driver, self._keep_guard, self._keep_watch, self._keep_reporting):
+                for body in (
+                    self._keep_driver,
+                    self._keep_guard,
+                    self._keep_watch,
+                    self._keep_reporting,
+                    self._keep_failure,
+                ):
                     group.create_task(body(), name=f"device{body.__name__}")
         except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            first = failures.exceptions[0]
+            raise first from first.__cause__  # as it was: the group says nothing more
+
+    async def _open(self) -> None:
+        before = self._driver.published
+        await self._driver.open()
+        waited_ns = monotonic_ns()
+        while self._driver.published == before or self._failure is not None:
+            if self._failure is not None:
+                raise StartError(self._failure.message, self._failure.hint)
+            if monotonic_ns() - waited_ns > FIRST_PACKET_LIMIT_S * NS_PER_S:
+                raise StartError(
+                    f"{self._driver.name} is open, and published no sensor packet within {FIRST_PACKET_LIMIT_S:g} s",
+                    "its open() must wait until packets flow",
+                )
+            await asyncio.sleep(CHECK_PERIOD_NS / NS_PER_S)
+
+    def _fail(self, error: RelodError) -> None:
+        """End this process, and with it the robot's motion, because of the driver."""
+        self._failure = self._failure or error
+        self._failed.set()
+
+    async def _keep_failure(self) -> None:
+        await self._failed.wait()
+        assert self._failure is not None
+        raise self._failure
 
     async def _leave(self) -> bool:
         """Make the robot stand and close it; whether it is known to stand."""
@@ -190,7 +226,10 @@ class _Device:
         self._channel.send(Report({"stopped_cleanly": float(stands)}))
         if self._guard is not None and stands:
             await self._guard.dismiss()
-        await self._driver.close()
+        try:
+            await self._driver.close()
+        except PackageError as error:
+            self._tell(error.message)
         if self._guard is not None and not stands:
             await self._guard.abandon()  # it tries once more
         return stands
@@ -251,6 +290,9 @@ class _Device:
             call()
         except OSError:  # the driver's `run` says what became of the wire
             self._write_errors += 1
+            return False
+        except PackageError as error:
+            self._fail(error)
             return False
         return True
 
@@ -325,6 +367,8 @@ class _Device:
         while True:
             try:
                 await self._driver.run()
+            except PackageError:
+                raise
             except SafetyStop as loss:
                 self._serving = False
                 async with self._rewiring:
@@ -340,7 +384,7 @@ class _Device:
         lost_ns = monotonic_ns()
         while monotonic_ns() - lost_ns < self._driver.reopen_limit_s * NS_PER_S:
             try:
-                await self._driver.open()
+                await self._open()
                 break
             except StartError:
                 await asyncio.sleep(REOPEN_PAUSE_S)

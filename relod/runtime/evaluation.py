@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..algos.agent import FixedPolicy, TorchActor, bind_policy, find_algorithm, flatten_policy, policy_from_state
+from ..algos.agent import FixedPolicy, TorchActor, bind_policy, flatten_policy, policy_from_state
+from ..algos.checked import find_algorithm
 from ..errors import EXIT_OK, RelodError, SettingsError, StartError
 from ..loading import load_attribute
 from ..robots.vision import make_shrink

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import uvloop
 
-from ..errors import EXIT_OK, RelodError
+from ..errors import EXIT_OK, RelodError, SafetyStop
 from ..types import EpisodeEnd, Frame, Step
 from .camera import CameraJob
 from .clock import NS_PER_S, monotonic_ns
@@ -45,6 +45,8 @@ __all__ = ["ChildSpec", "Events", "Learning", "Opening", "Result", "RobotHost"]
 T = TypeVar("T")
 
 VIEW_PERIOD_S = 0.25
+# Children report once a second, a worker after the update in which that second ended.
+SILENCE_LIMITS_S = {"control": 20.0, "device": 3.0, "worker": 30.0}
 FRAMES_IN_RING = 128  # 4.3 s at 30 frames/s: longer than this process may be held up, by a disk for example
 WORKER_STOP_LIMIT_S = 30.0  # it finishes its update and writes a checkpoint, at the lowest priority
 
@@ -184,10 +186,12 @@ class RobotHost:
             log_path=folder.path / "children.log",
             max_restarts=plan.settings.safety.max_restarts,
             on_event=lambda name, text: self._guarded(lambda: self.progress.event(name, text)),
-            on_report=lambda name, values: self._guarded(lambda: self.progress.report(name, values)),
+            on_report=self._heard,
             on_restart=self.progress.restarted,
             on_done=self._done,
         )
+        self._silent_s = dict.fromkeys(SILENCE_LIMITS_S, 0.0)  # since a child reported last
+        self._silence_limits_s = SILENCE_LIMITS_S | {"control": plan.settings.safety.stall_limit_s}
         self._taken_id = start.frame_id
         self._running = False  # every child is ready
         self._ended = asyncio.Event()
@@ -392,6 +396,29 @@ class RobotHost:
                     self._account()
             view.show(self.progress.state, monotonic_ns())
             await asyncio.sleep(VIEW_PERIOD_S)
+            if self._running and not self._ended.is_set():
+                await self._watch_silence()
+
+    def _heard(self, name: str, values: dict[str, float | str]) -> None:
+        self._silent_s[name] = 0.0
+        self._guarded(lambda: self.progress.report(name, values))
+
+    async def _watch_silence(self) -> None:
+        """Say where a child hangs that should report about once a second. Without the control process no run goes on.
+
+        Silence is counted here and not by the clock, so that a parent that was stopped for a while accuses nobody.
+        """
+        for name, limit_s in self._silence_limits_s.items():
+            before_s, self._silent_s[name] = self._silent_s[name], self._silent_s[name] + VIEW_PERIOD_S
+            child = self._supervisor.children.get(name)
+            if not before_s < limit_s <= self._silent_s[name] or child is None or not child.alive or child.failure:
+                continue  # one that has said why it ends is about to
+            place = await self._supervisor.place(name)
+            told = f"nothing heard of the {name} process for {limit_s:g} s: it hangs{' in ' if place else ''}{place}"
+            if name == "control":
+                self.end(SafetyStop(f"{told}; the robot was stopped", "its stack is in the run's children.log"))
+            elif place and self._silent_s[name] > 0:  # it may have come back meanwhile
+                self.event(name, f"{told}; its stack is in the run's children.log")
 
     def _account(self) -> None:
         """What the children take of the processor, and how they are scheduled."""
@@ -401,7 +428,7 @@ class RobotHost:
     def _close_period(self) -> None:
         self._profile.drain()
         for name, values in self._learning.poll().items():
-            self.progress.report(name, values)
+            self._heard(name, values)
         self.progress.profiled(self._profile)
 
     def _guarded(self, take: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 from ..algos.agent import Learner, Rollouts, policy_size
+from ..algos.checked import policy_layout, rehearse_learner, rehearse_policy
 from ..types import EpisodeEnd, Frame, Step
 from .acting import BoxActor
 from .checkpoint import CHECKPOINTS, PUBLISHED_POLICY, Checkpoint, newest_readable, write_checkpoint
@@ -49,7 +50,9 @@ class LearnerSide:
         self._plan, self._checkpoints, self._spans = plan, folder / CHECKPOINTS, spans
         self._writer = spans.writer("learner") if spans is not None else None
         self.experience = Experience(plan, folder, end=end)
-        self.box = PolicyBox(policy_size(plan.algorithm.build_actor(spec, settings.agent)))
+        policy = rehearse_policy(plan.algorithm, spec, settings.agent)
+        self.policy_layout = policy_layout(policy)
+        self.box = PolicyBox(policy_size(policy))
         # The same reader as the worker's tells when an update is due, for which robots have to wait.
         self._rollouts = RolloutReader(self.experience.table) if isinstance(self.needs.memory, Rollouts) else None
         self._forget_worker()
@@ -238,8 +241,10 @@ class LearnerSide:
         source = open_source(self.experience.table, self.needs, settings, threads=threads)
         self.experience.send = source.memory.apply
 
+        device = torch.device("cpu")
+        rehearse_learner(plan.algorithm, plan.spec, plan.settings.agent, device=device, whole_frames=False)
+
         def build() -> Learner:
-            device = torch.device("cpu")
             return plan.algorithm.build_learner(  # type: ignore[no-any-return]
                 plan.spec, plan.settings.agent, seed=seed, device=device
             )

@@ -41,7 +41,7 @@ def _row(kind: str, name: str, target: str, describe: Callable[[str], Row]) -> R
 
 def _task(name: str) -> Row:
     entry = registry.task(name)
-    spec = entry.build(load(entry.sections()).task).spec
+    spec = entry.make_task(load(entry.sections()).task).spec
     return {
         "robot": entry.robot,
         "cycle_ms": spec.cycle_ns / NS_PER_MS,

@@ -180,7 +180,7 @@ def run_emulator(
     import uvloop
 
     entry, settings = task_settings(task, world, config, environment, assignments)
-    spec = entry.build(settings.task).spec
+    spec = entry.make_task(settings.task).spec
     serve = registry.load_attribute(entry.emulator, f"the emulator of {task!r}")
 
     def ready(where: Mapping[str, str]) -> None:
@@ -255,7 +255,7 @@ def run_check(
     from .trial import TrialPlan
 
     entry, settings = task_settings(task, "nominal", config, environment, assignments)
-    height, width = entry.build(settings.task).spec.camera_hw
+    height, width = entry.make_task(settings.task).spec.camera_hw
     with tempfile.TemporaryDirectory(prefix="relod-check-") as folder:
         plan = TrialPlan(
             driver=entry.driver,

@@ -129,7 +129,7 @@ class Plan:
     @property
     def task_builder(self) -> Callable[[], Task]:
         """Builds the task again, in another process."""
-        return functools.partial(self.entry.build, self.settings.task)
+        return functools.partial(self.entry.make_task, self.settings.task)
 
     @property
     def cycle_s(self) -> float:

@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 import torch
 
-from ..algos.agent import TorchActor, bind_policy, find_algorithm, policy_size
+from ..algos.agent import TorchActor, bind_policy, policy_size
+from ..algos.checked import find_algorithm
 from ..config import load
 from ..errors import SafetyStop, StartError
 from ..robots import registry
@@ -88,7 +89,7 @@ def replay_run(folder: Path) -> ReplayReport:
     algorithm = find_algorithm(meta["algorithm_target"])
     sections = {**entry.sections(), "agent": algorithm.settings_type}
     settings = load(sections, file=folder / "settings.toml")
-    task = entry.build(settings.task)
+    task = entry.make_task(settings.task)
     policies = _Policies(folder / "policies", algorithm.build_actor(task.spec, settings.agent))
     needs = algorithm.needs(task.spec, settings.agent)
     cycle = Cycle(

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import EXIT_BUG, RelodError, StartError, error_with_code
+from ..errors import EXIT_BUG, PackageError, RelodError, StartError, error_with_code
 from ..loading import load_attribute
 from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Report, Tell, readable
 from .clock import NS_PER_S, cpu_seconds_of_tree, monotonic_ns
 from .scheduling import name_process
+from .stack import find_place, write_stack_when_asked
 
 __all__ = ["Child", "Supervisor", "child_main", "signals_to"]
 
@@ -38,15 +39,18 @@ def child_main(target: str, name: str, channel: Channel, log_path: str, job: Any
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     name_process(name)
     _redirect_output(log_path)
+    write_stack_when_asked()
     try:
         load_attribute(target, name)(channel, job)
     except RelodError as error:
-        channel.send(Failed(error.exit_code, error.message, error.hint))
+        if error.__cause__ is not None:
+            traceback.print_exc()
+        channel.send(Failed(error.exit_code, error.message, error.hint, again=isinstance(error, PackageError)))
         sys.exit(error.exit_code)
     except Exception as error:
         traceback.print_exc()
         told = repr(error)[:MAX_ERROR_CHARS]
-        channel.send(Failed(EXIT_BUG, f"{name} process: {told}", f"details are in {log_path}"))
+        channel.send(Failed(EXIT_BUG, f"{name} process: {told}", f"details are in {log_path}", again=True))
         sys.exit(EXIT_BUG)
 
 
@@ -71,6 +75,7 @@ class Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     info: dict[str, str] = field(default_factory=dict)
     failure: RelodError | None = None
+    may_mend: bool = False  # the failure may be mended by another start
     starts: int = 0
     stopping: bool = False
 
@@ -172,8 +177,8 @@ class Supervisor:
                 case Ready(info):
                     child.info = info
                     child.ready.set()
-                case Failed(code, text, hint):
-                    child.failure = error_with_code(code, text, hint)
+                case Failed(code, text, hint, again):
+                    child.failure, child.may_mend = error_with_code(code, text, hint), again
                 case Event(text):
                     self._on_event(child.name, text)
                 case Report(values):
@@ -201,7 +206,7 @@ class Supervisor:
             if child.process.exitcode == 0 and not child.restart:  # else it was told to end by somebody else
                 self._on_done(child.name)
                 return
-            if child.restart and child.starts <= self._max_restarts and _may_restart(child.failure):
+            if child.restart and child.starts <= self._max_restarts and (child.failure is None or child.may_mend):
                 self._on_event(child.name, f"{_how_it_died(child)}; starting it again")
                 self._spawn(child)
                 self._on_restart(child.name)
@@ -257,6 +262,13 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    async def place(self, name: str) -> str:
+        """Where in its code a child is that does not answer; "" where it cannot be told."""
+        child = self.children.get(name)
+        if child is None or not child.alive or child.process is None or child.process.pid is None:
+            return ""
+        return await find_place(child.process.pid, self._log_path)
+
     def pids(self) -> dict[str, int]:
         """Process ids of the living children."""
         return {
@@ -281,11 +293,6 @@ class Supervisor:
         for child in self.children.values():
             if child.channel is not None:
                 child.channel.close()
-
-
-def _may_restart(failure: RelodError | None) -> bool:
-    """A death without a word may be mended; a reported error would only come again, unless the wire was the cause."""
-    return failure is None or failure.exit_code == EXIT_BUG
 
 
 def _how_it_died(child: Child) -> str:

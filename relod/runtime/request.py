@@ -139,7 +139,7 @@ def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge 
     return Plan(
         task_name=names["task"],
         entry=entry,
-        task=entry.build(settings.task),
+        task=entry.make_task(settings.task),
         mode=names["mode"],
         algorithm_name=names["algorithm"] if place.acts_here else "",
         algorithm_target=registry.target("algorithm", names["algorithm"]) if place.acts_here else "",

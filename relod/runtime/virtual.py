@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..robots.checked import CheckedWorld
 from ..robots.simcamera import SimFrame
 from ..types import Command, Frame, SensorWindow, TaskSpec
 from .clock import NS_PER_MS, VirtualClock
@@ -101,7 +102,8 @@ class VirtualRun:
         on_tick: Callable[[int, Inputs, Tick], None],
     ) -> None:
         self.clock = VirtualClock()
-        self._cycle, self._world, self._spec = cycle, world, spec
+        self._cycle, self._spec = cycle, spec
+        self._world = CheckedWorld(world, len(sensor_names))
         self._on_frames, self._on_tick = on_frames, on_tick
         self._senses = Senses(spec, sensor_names)
         self._deadline_ns = self.clock.now_ns()

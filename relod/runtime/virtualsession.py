@@ -19,6 +19,7 @@ import msgspec
 
 from ..errors import EXIT_OK, RelodError, StartError
 from ..loading import load_attribute
+from ..packages import calling, full_name
 from ..seeds import random_stream
 from ..types import Action, EpisodeEnd, Frame, Step
 from .checkpoint import Checkpoint
@@ -113,9 +114,9 @@ class _VirtualSession:
         self._crc = 0  # of all steps and ends of episodes
         self._ticks = 0
         self._playing = False
-        world: World = load_attribute(plan.entry.world, "the simulated world")(
-            settings.sim, settings.run.seed, spec, NS_PER_S
-        )
+        make_world = load_attribute(plan.entry.world, "the simulated world")
+        with calling(full_name(make_world), StartError):
+            world: World = make_world(settings.sim, settings.run.seed, spec, NS_PER_S)
         self._cycle = Cycle(
             task=plan.task,
             actor=self._actor,
@@ -191,6 +192,8 @@ class _VirtualSession:
             self._save()
 
     def _take(self, tick: Tick) -> None:
+        if tick.event:
+            self.progress.event("control", tick.event)
         for message in self._count(tick):
             self._learner.add(message)
             self.progress.add(message)

@@ -19,7 +19,8 @@ from typing import Any
 import msgspec
 import torch
 
-from ..algos.agent import Learner, find_algorithm
+from ..algos.agent import Learner
+from ..algos.checked import find_algorithm, rehearse_learner
 from ..config import LearnerSettings, Section
 from ..errors import StartError
 from ..types import TaskSpec
@@ -105,27 +106,34 @@ class WorkerJob:
 
 def run_worker_process(channel: Channel, job: WorkerJob) -> None:
     """Body of the worker process under a supervisor."""
-    channel.send(Ready())
-    run_worker(job, lambda text: channel.send(Event(text)))
+    run_worker(job, lambda text: channel.send(Event(text)), lambda: channel.send(Ready()))
 
 
-def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None) -> None:
+def run_worker(
+    job: WorkerJob, say: Callable[[str], object] = lambda text: None, ready: Callable[[], object] = lambda: None
+) -> None:
     """Body of the worker process; returns after the last checkpoint when the link ends or on SIGTERM.
 
-    `say` is called with what a person should read.
+    `say` is called with what a person should read, `ready` once the algorithm has shown that it can learn here.
 
     Raises:
         StartError: no such torch device, or no checkpoint can be read.
-        SettingsError: the checkpoint belongs to other settings.
+        SettingsError: the checkpoint belongs to other settings, or the algorithm cannot learn here.
         SafetyStop: the disk is full, or learning diverged a second time.
+        PackageError: the algorithm failed.
     """
     stop = _catch_signals()
-    _yield_to_others()
+    algorithm = find_algorithm(job.algorithm)
     device = _choose_device(job.settings.device)
+    staged = device.type == "cuda"
+    if job.box.latest.newest() is None:  # nobody acts by this learner yet: it need not yield, and is waited for
+        torch.set_num_threads(1)
+        rehearse_learner(algorithm, job.spec, job.agent, device=device, whole_frames=staged)
+    ready()
+    _yield_to_others()
     keep_freed_memory()
     threads = job.settings.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    algorithm = find_algorithm(job.algorithm)
 
     def build() -> Learner:
         return algorithm.build_learner(job.spec, job.agent, seed=job.seed, device=device)
@@ -137,7 +145,7 @@ def run_worker(job: WorkerJob, say: Callable[[str], object] = lambda text: None)
             algorithm.needs(job.spec, job.agent),
             job.settings,
             threads=threads,
-            staged=device.type == "cuda",
+            staged=staged,
         ),
         epoch=_next_epoch(job),
         seed=job.seed,
@@ -266,9 +274,10 @@ def _catch_signals() -> Callable[[], bool]:
 
 
 def _yield_to_others() -> None:
-    """Lowest scheduling class, before any thread starts."""
+    """Lowest scheduling class, for the threads that run already as for those they will start."""
     try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
     except OSError:  # some sandboxes forbid the call; the next best
         os.nice(19)
 

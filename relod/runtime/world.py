@@ -14,6 +14,7 @@ import uvloop
 
 from ..config import Section
 from ..loading import load_attribute
+from ..packages import calling, full_name
 from ..types import TaskSpec
 from .channel import Channel, Ready
 from .spans import SpanRing, SpanWriter, Stage
@@ -71,18 +72,20 @@ async def _run(channel: Channel, job: WorldJob) -> None:
     finished = asyncio.create_task(until_finished(), name="finished")
     frames = job.folder / "frames.sock"
     try:
-        await load_attribute(job.serve, "the simulated world")(
-            job.settings,
-            job.seed,
-            job.spec,
-            on_ready=lambda where: channel.send(Ready({**where, "frames": str(frames)})),
-            stop=stop,
-            new_episode=new_episode,
-            control=job.folder / "world.sock",
-            frames=frames,
-            wheel_log=job.wheel_log,
-            witness=_SpanWitness(job.spans.writer("world")) if job.spans is not None else None,
-        )
+        serve = load_attribute(job.serve, "the simulated world")
+        with calling(full_name(serve)):
+            await serve(
+                job.settings,
+                job.seed,
+                job.spec,
+                on_ready=lambda where: channel.send(Ready({**where, "frames": str(frames)})),
+                stop=stop,
+                new_episode=new_episode,
+                control=job.folder / "world.sock",
+                frames=frames,
+                wheel_log=job.wheel_log,
+                witness=_SpanWitness(job.spans.writer("world")) if job.spans is not None else None,
+            )
     finally:
         finished.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -191,7 +191,7 @@ class RobotContract:
         entry = registry.task(self.task)
         worlds = registry.load_attribute(entry.worlds, "the worlds")
         settings = load(entry.sections(), presets=[worlds[world]])
-        return entry, settings, entry.build(settings.task)
+        return entry, settings, entry.make_task(settings.task)
 
     @contextlib.asynccontextmanager
     async def _served(self) -> AsyncIterator[str]:

@@ -41,18 +41,22 @@ SPEC = TaskSpec(
 SETTINGS = SacSettings(conv_channels=4, conv_strides=(2, 1), hidden=(16,), shift_px=1)
 
 
+NOISE_SCALE = 8.0
+
+
 class Echo(nn.Module):
-    """Shows what it was given: the corner pixel of the newest frame, and the noise."""
+    """Shows what it was given: the corner pixel of the newest frame and the noise, in [-1, 1]."""
 
     def forward(self, images, proprio, noise):
         self.shape = tuple(images.shape)
-        return torch.stack([images[:, -1, 0, 0, 0].float(), noise[:, 0]], -1), proprio
+        return torch.stack([images[:, -1, 0, 0, 0].float() / 256, noise[:, 0] / NOISE_SCALE], -1), proprio
 
 
 def make_needs(window: Window, init_steps: int = 0, init_hold: int = 1, noise_cycles: float = 0.0) -> Needs:
     return Needs(
         memory=Minibatches(size=4, n_step=1, gamma=0.9, update_after=init_steps, max_updates_per_step=1.0),
         window=window,
+        extras=1,
         init_steps=init_steps,
         init_hold=init_hold,
         noise_cycles=noise_cycles,
@@ -81,7 +85,7 @@ def test_warm_up_is_uniform_held_and_ends_after_its_steps():
     assert values.max() > 0.95
     assert {action.policy_version for action in actions[:600]} == {(0, 0)}
     assert actions[600].policy_version == (1, 7)
-    assert actions[600].values[0] == 5.0
+    assert actions[600].values[0] == 5 / 256
 
 
 def test_steps_done_before_count_as_warm_up():
@@ -97,14 +101,14 @@ def test_without_any_policy_actions_stay_random():
 
 def test_noise_comes_from_the_generator_and_not_at_all_when_deterministic():
     same = [make_actor(seed=3).act(observe()).values[1] for _ in range(2)]
-    assert same[0] == same[1] == np.random.default_rng(3).standard_normal(2, np.float32)[0]
+    assert same[0] == same[1] == np.random.default_rng(3).standard_normal(2, np.float32)[0] / NOISE_SCALE
     assert make_actor(deterministic=True).act(observe()).values[1] == 0.0
 
 
 @pytest.mark.parametrize("cycles", [0.0, 10.0])
 def test_noise_is_standard_normal_and_remembers_for_as_long_as_asked(cycles):
     actor = make_actor(needs=make_needs(centre_window(HW), noise_cycles=cycles))
-    noise = np.array([actor.act(observe()).values[1] for _ in range(20_000)])
+    noise = NOISE_SCALE * np.array([actor.act(observe()).values[1] for _ in range(20_000)])
     assert abs(noise.mean()) < 0.15
     assert abs(noise.std() - 1.0) < 0.1
     wanted = np.exp(-1 / cycles) if cycles else 0.0
@@ -143,7 +147,8 @@ def test_a_bound_policy_follows_its_buffer_and_acts_the_same():
     flat = np.zeros(policy_size(policy), np.float32)
     bound = bind_policy(SAC.build_actor(SPEC, SETTINGS), flat)
     flat[:] = flatten_policy(policy)
-    actors = [make_actor(module, deterministic=True) for module in (policy, bound)]
+    needs = SAC.needs(SPEC, SETTINGS)
+    actors = [make_actor(module, needs=needs, deterministic=True) for module in (policy, bound)]
     expected, got = (actor.act(observe()).values for actor in actors)
     assert np.allclose(expected, got, atol=1e-6)
     assert np.abs(expected).max() > 0

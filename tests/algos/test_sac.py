@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from relod.algos.agent import find_algorithm, flatten_policy
+from relod.algos.agent import flatten_policy
 from relod.algos.augment import gather_windows
 from relod.algos.batch import Batch, shift_window
+from relod.algos.checked import find_algorithm
 from relod.algos.sac import SAC, SacSettings
 from relod.config import load
 from relod.errors import SettingsError

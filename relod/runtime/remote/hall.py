@@ -18,6 +18,7 @@ from torch import nn
 
 from ...algos.agent import TorchActor, bind_policy
 from ...errors import RelodError, SettingsError
+from ...packages import distribution
 from ...seeds import random_stream
 from ...types import EpisodeEnd, FloatArray, Image, Observation, Step, TaskSpec
 from ..acting import warm_up
@@ -88,6 +89,7 @@ class LearnerRun:
         self.begun_at = self.env_steps  # environment steps when the session began
         self.policies = PolicyDesk(plan, self.learner.box)
         self._actors: dict[int, TorchActor] = {}  # by stream
+        self._package = distribution(plan.algorithm_target)
         self._segment = self.experience.log.position.segment
 
     def close(self) -> None:
@@ -165,6 +167,8 @@ class LearnerRun:
                 position=self.experience.positions.get(stream),
                 env_steps=self.env_steps,
                 policy_size=self.learner.box.size,
+                policy_layout=self.learner.policy_layout,
+                package=self._package,
                 has_policy=self.policies.version != NO_POLICY,
                 precision=self.precision,
                 proof=b"",

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ...config import flatten, load
 from ...errors import LinkLost, RelodError, SettingsError, StartError
+from ...packages import distribution
 from ...robots import registry
 from ...robots.vision import make_shrink
 from ...types import EpisodeEnd, Frame, Step
@@ -147,21 +148,31 @@ class _RemoteLearning:
 
     def _open_actor(self, welcome: Welcome) -> Opening:
         """The actor with the learner's settings, and the box that its policies go into."""
-        from ...algos.agent import find_algorithm, policy_size
+        from ...algos.agent import policy_size
+        from ...algos.checked import find_algorithm, policy_layout, rehearse_policy
         from ..acting import BoxActor
         from ..policy import PolicyBox, PolicyWriter
 
         plan = self._plan
         target = registry.target("algorithm", plan.algorithm_name)
         algorithm = find_algorithm(target)
-        agent = load({"agent": algorithm.settings_type}, presets=[{"agent": welcome.agent}]).agent
+        package, name = distribution(target), plan.algorithm_name
+        hint = f"install the same version of {(package or target).split()[0]} on both hosts"
+        if package and welcome.package and package != welcome.package:
+            raise StartError(f"{name} is of {welcome.package} at the learner, and of {package} here", hint)
+        try:
+            agent = load({"agent": algorithm.settings_type}, presets=[{"agent": welcome.agent}]).agent
+        except SettingsError as error:
+            raise StartError(f"the learner's settings do not fit {name} of this host: {error.message}", hint) from error
         spec = plan.task.spec
-        size = policy_size(algorithm.build_actor(spec, agent))
+        policy = rehearse_policy(algorithm, spec, agent)
+        size = policy_size(policy)
         if size != welcome.policy_size:
             raise StartError(
-                f"the learner's policies have {welcome.policy_size} values, and {plan.algorithm_name} here has {size}",
-                "use the same version of relod on both hosts",
+                f"the learner's policies have {welcome.policy_size} values, and {name} here has {size}", hint
             )
+        if welcome.policy_layout not in ("", policy_layout(policy)):
+            raise StartError(f"the learner's policies of {name} have as many values as here, but other layers", hint)
         box = PolicyBox(size)
         self._publish = PolicyWriter(box).publish
         if welcome.has_policy:

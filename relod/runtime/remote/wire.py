@@ -181,6 +181,8 @@ class Welcome(_Head, frozen=True, tag="welcome"):
     has_policy: bool  # whether there is one, which comes next
     precision: Precision  # of the policies sent
     proof: Proof
+    policy_layout: Annotated[str, Meta(max_length=64)] = ""  # digest of its parameters' names and shapes
+    package: Annotated[str, Meta(max_length=64)] = ""  # that brings the algorithm, and its version; empty if unknown
 
 
 class Refused(_Head, frozen=True, tag="refused"):

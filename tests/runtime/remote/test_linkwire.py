@@ -97,6 +97,8 @@ FROM_LEARNER: dict[type[Any], st.SearchStrategy[Any]] = {
         position=st.none() | versions,
         env_steps=counts,
         policy_size=counts,
+        policy_layout=short_texts,
+        package=short_texts,
         has_policy=st.booleans(),
         precision=precisions,
         proof=proofs,
@@ -152,6 +154,7 @@ def sample(kind: type[Any]) -> dict[str, Any]:
         **dict.fromkeys(("backlog", "seed", "env_steps", "policy_size", "exit_code", "size", "offset", "actions"), 1),
         **dict.fromkeys(("received_ns", "replied_ns", "updates", "replay_steps"), 1),
         **dict.fromkeys(("relod", "reason", "run_dir", "algorithm", "preset", "message", "hint", "robot"), "words"),
+        **dict.fromkeys(("policy_layout", "package"), "words"),
         **dict.fromkeys(("run", "learner"), "0" * 32),
         **dict.fromkeys(("updates_per_s", "rtt_ms"), 0.5),
         **dict.fromkeys(("token", "retry", "has_policy"), True),
@@ -200,6 +203,7 @@ def test_every_field_is_needed_unless_it_has_a_default(kind, heads, unpack):
         wire.Challenge: {"image_hw", "preset"},
         wire.Answer: {"stamps"},
         wire.Refused: {"hint", "retry"},
+        wire.Welcome: {"policy_layout", "package"},
     }.get(kind, set())
     for name in header:
         without = {key: value for key, value in header.items() if key != name}
@@ -233,7 +237,7 @@ def acceptable(name: str, value: Any, given_: Any) -> bool:
         return name in ("token", "retry", "has_policy")
     if given_ == {"map": "of other things"}:
         return name == "agent"
-    free_text = ("algorithm", "preset")
+    free_text = ("algorithm", "preset", "policy_layout", "package")
     return {
         "\n": name in free_text,
         1.5: name in ("updates_per_s", "rtt_ms"),
