@@ -21,6 +21,7 @@ from ..errors import SettingsError
 from ..loading import load_attribute
 from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
 from .batch import Window
+from .inference import Plans
 
 __all__ = [
     "Algorithm",
@@ -142,7 +143,7 @@ class Algorithm(Protocol[SectionT_contra]):
 
         Called with images `(B, k, h, w, 3) uint8` of the window's size, proprioception `(B, P) float32` and standard
         normal noise `(B, A) float32` (zeros for the deterministic action); gives actions `(B, A)` in [-1, 1] and
-        extras `(B, E)`.
+        extras `(B, E)`. Actors run it faster if it is an `inference.HeadedPolicy`, too.
         """
         ...
 
@@ -228,7 +229,9 @@ class TorchActor:
         *,
         deterministic: bool = False,
         steps_done: int = 0,
+        plans: Plans | None = None,
     ) -> None:
+        """`plans` are those of other actors with the same source, in the same thread."""
         self.steps_done = steps_done  # environment steps of the run so far
         self._source = source
         self._needs = needs
@@ -240,7 +243,7 @@ class TorchActor:
         self._noise: FloatArray | None = None  # of the newest action
         self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
-        self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
+        self._plans = plans or Plans(needs.window.out_hw)
 
     def act(self, observation: Observation) -> Action:
         """The action for `observation`, with the version of the policy it came from."""
@@ -278,17 +281,20 @@ class TorchActor:
 
     def _run(self, observation: Observation) -> tuple[FloatArray, FloatArray]:
         (top, left), (height, width) = self._window.centre, self._window.out_hw
-        for slot, image in zip(self._images[0], observation.images, strict=True):
-            slot[:] = image[top : top + height, left : left + width]
+        images = [image[top : top + height, left : left + width] for image in observation.images]
         noise = self._no_noise
         if not self._deterministic:
             fresh = self._rng.standard_normal(noise.shape, np.float32)
             if self._noise is not None:  # a first-order process: each value is standard normal, as a fresh one is
                 fresh = self._keep * self._noise + math.sqrt(1 - self._keep**2) * fresh
             noise = self._noise = fresh
+        module = self._source.module
+        plan = self._plans.follow(module, self._source.version)
+        if plan is not None:
+            return plan(images, observation.proprio, noise)
         with torch.inference_mode():
-            values, extras = self._source.module(
-                torch.from_numpy(self._images),
+            values, extras = module(
+                torch.from_numpy(np.stack(images)[None]),
                 torch.from_numpy(observation.proprio)[None],
                 torch.from_numpy(noise)[None],
             )
