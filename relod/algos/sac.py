@@ -206,8 +206,12 @@ class SacPolicy(nn.Module):
     def decide(self, outputs: FloatArray, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
         """What `forward` does after the head, for one observation; see `inference.HeadedPolicy`."""
         low, high = self._log_std_range
-        log_std = low + 0.5 * (high - low) * (np.tanh(outputs[len(noise) :]) + 1)
-        return np.tanh(outputs[: len(noise)] + np.exp(log_std) * noise), noise[:0]
+        means, raws = outputs[: len(noise)].tolist(), outputs[len(noise) :].tolist()
+        values = [
+            math.tanh(mean + math.exp(low + 0.5 * (high - low) * (math.tanh(raw) + 1)) * z)
+            for mean, raw, z in zip(means, raws, noise.tolist(), strict=True)
+        ]
+        return np.array(values, np.float32), noise[:0]
 
     def _start_with(self, std: float) -> None:
         """Zero the last layer, and set its bias so that every action starts as `tanh(N(0, std))`."""
