@@ -21,6 +21,7 @@ from ..errors import PackageError, SettingsError
 from ..packages import calling, full_name, shown
 from ..types import Action, FloatArray, Observation, RawSettings, TaskSpec
 from .batch import Window
+from .inference import Plans
 
 __all__ = [
     "Algorithm",
@@ -144,7 +145,7 @@ class Algorithm(Protocol[SectionT_contra]):
 
         Called with images `(B, k, h, w, 3) uint8` of the window's size, proprioception `(B, P) float32` and standard
         normal noise `(B, A) float32` (zeros for the deterministic action); gives actions `(B, A)` in [-1, 1] and
-        extras `(B, E)`.
+        extras `(B, E)`. Actors run it faster if it is an `inference.HeadedPolicy`, too.
         """
         ...
 
@@ -248,7 +249,9 @@ class TorchActor:
         *,
         deterministic: bool = False,
         steps_done: int = 0,
+        plans: Plans | None = None,
     ) -> None:
+        """`plans` are those of other actors with the same source, in the same thread."""
         self.steps_done = steps_done  # environment steps of the run so far
         self._source = source
         self._needs = needs
@@ -261,7 +264,7 @@ class TorchActor:
         self._noise: FloatArray | None = None  # of the newest action
         self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
-        self._images = np.zeros((1, spec.frames, *needs.window.out_hw, 3), np.uint8)
+        self._plans = plans or Plans(needs.window.out_hw)
 
     @property
     def name(self) -> str:
@@ -304,8 +307,7 @@ class TorchActor:
 
     def _run(self, observation: Observation) -> tuple[FloatArray, FloatArray]:
         (top, left), (height, width) = self._window.centre, self._window.out_hw
-        for slot, image in zip(self._images[0], observation.images, strict=True):
-            slot[:] = image[top : top + height, left : left + width]
+        images = [image[top : top + height, left : left + width] for image in observation.images]
         noise = self._no_noise
         if not self._deterministic:
             fresh = self._rng.standard_normal(noise.shape, np.float32)
@@ -314,13 +316,18 @@ class TorchActor:
             noise = self._noise = fresh
         module = self._source.module
         who = full_name(module, "forward")
-        with calling(who), torch.inference_mode():
-            answer = module(
-                torch.from_numpy(self._images),
-                torch.from_numpy(observation.proprio)[None],
-                torch.from_numpy(noise)[None],
-            )
-        values, extras = check_answer(answer, noise.size, self._needs.extras, who)
+        plan = self._plans.follow(module, self._source.version)
+        with calling(who):
+            if plan is not None:
+                values, extras = plan(images, observation.proprio, noise)
+            else:
+                with torch.inference_mode():
+                    answer = module(
+                        torch.from_numpy(np.stack(images)[None]),
+                        torch.from_numpy(observation.proprio)[None],
+                        torch.from_numpy(noise)[None],
+                    )
+                values, extras = check_answer(answer, noise.size, self._needs.extras, who)
         self._not_finite = 0 if np.isfinite(values).all() and np.isfinite(extras).all() else self._not_finite + 1
         if self._not_finite >= MAX_NOT_FINITE:
             raise PackageError(

@@ -83,9 +83,9 @@ class Encoder(nn.Module):
         presence: bool = False,
     ) -> None:
         super().__init__()
-        self._frames = frames
-        self._presence = presence
-        self._centred = centred
+        self.strides = tuple(strides)
+        self.presence = presence
+        self.centred = centred
         inputs = [3 * frames] + [channels] * (len(strides) - 1)
         layers = [nn.Conv2d(count, channels, KERNEL, stride) for count, stride in zip(inputs, strides, strict=True)]
         for layer in layers:
@@ -95,13 +95,13 @@ class Encoder(nn.Module):
         self.rest = nn.ModuleList(layers[1:])
         self.feature_hw = feature_size(image_hw, strides)
         self.out_dim = (3 if presence else 2) * channels
-        self.register_buffer("_grid", coordinate_grid(self.feature_hw), persistent=False)
-        self._grid: Tensor
+        self.register_buffer("grid", coordinate_grid(self.feature_hw), persistent=False)
+        self.grid: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
         features = self._convolve(images)
-        where = soft_argmax(features, self._grid)
-        if not self._presence:
+        where = soft_argmax(features, self.grid)
+        if not self.presence:
             return where
         return torch.cat([where, torch.tanh(features.float().amax((2, 3)) / 4)], -1)
 
@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         """All convolutions, `(B, C, h, w)`; ReLU in place, a pass less over the largest tensors."""
         weight, bias, stride = self.first.weight * (1 / 255), self.first.bias, self.first.stride[0]
         assert bias is not None
-        if self._centred:
+        if self.centred:
             bias = bias - CENTRE * self.first.weight.sum((1, 2, 3))
         convolve = channel_convolution if images.is_cuda else stack_convolution
         features = convolve(images, weight, bias, stride, rectify=len(self.rest) > 0)

@@ -163,6 +163,20 @@ class PpoPolicy(nn.Module):
         drawn = mean + log_std.exp() * noise
         return drawn.clamp(-1.0, 1.0), torch.cat([drawn, log_density(drawn, gaussian)[:, None]], -1)
 
+    def decide(self, outputs: FloatArray, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """What `forward` does after the head, for one observation; see `inference.HeadedPolicy`.
+
+        The log-density is taken of the action as it was rounded, as `log_density` and the update take it.
+        """
+        size = len(noise)
+        mean, log_std = outputs[:size], self.log_std.detach().numpy()
+        if len(outputs) > size:
+            log_std = np.clip(log_std + outputs[size:], *LOG_STD_RANGE)
+        drawn = mean + np.exp(log_std) * noise
+        seen = (drawn - mean) * np.exp(-log_std)
+        density = (-0.5 * seen * seen - log_std - np.float32(0.5 * math.log(2 * math.pi))).sum()
+        return np.clip(drawn, -1.0, 1.0), np.append(drawn, density)
+
 
 def log_density(drawn: Tensor, gaussian: Gaussian) -> Tensor:
     """Summed over the last axis: `(B,)`."""

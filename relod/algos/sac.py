@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..errors import SettingsError
-from ..types import RawSettings, TaskSpec
+from ..types import FloatArray, RawSettings, TaskSpec
 from .agent import Minibatches, Needs
 from .augment import gather_windows
 from .batch import Batch, Window, centre_window, crop_window, shift_window
@@ -202,6 +202,16 @@ class SacPolicy(nn.Module):
     def forward(self, images: Tensor, proprio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.distribution(self.features(images, proprio))
         return torch.tanh(mean + log_std.exp() * noise), noise[:, :0]
+
+    def decide(self, outputs: FloatArray, noise: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """What `forward` does after the head, for one observation; see `inference.HeadedPolicy`."""
+        low, high = self._log_std_range
+        means, raws = outputs[: len(noise)].tolist(), outputs[len(noise) :].tolist()
+        values = [
+            math.tanh(mean + math.exp(low + 0.5 * (high - low) * (math.tanh(raw) + 1)) * z)
+            for mean, raw, z in zip(means, raws, noise.tolist(), strict=True)
+        ]
+        return np.array(values, np.float32), noise[:0]
 
     def _start_with(self, std: float) -> None:
         """Zero the last layer, and set its bias so that every action starts as `tanh(N(0, std))`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..algos.agent import TorchActor, bind_policy
 from ..algos.checked import find_algorithm
+from ..algos.inference import Plans
 from ..config import Section
 from ..seeds import random_stream
 from ..types import FloatArray, Observation, TaskSpec
@@ -52,9 +54,11 @@ class BoxHost:
         self._reader = PolicyReader(job.box, bound)
         self._record_to, self._box = job.record_to, job.box
         needs = algorithm.needs(job.spec, job.settings)
-        warm_up(TorchActor(self._reader, job.spec, needs, np.random.default_rng(), deterministic=True), job.spec)
-        rng = random_stream(job.seed, job.start.stream("actor"))
-        self.actor = TorchActor(self._reader, job.spec, needs, rng, steps_done=job.start.step)
+        self._plans = Plans(needs.window.out_hw)
+        warm_up_rng, rng = np.random.default_rng(), random_stream(job.seed, job.start.stream("actor"))
+        act = partial(TorchActor, self._reader, job.spec, needs, plans=self._plans)
+        warm_up(act(warm_up_rng, deterministic=True), job.spec)
+        self.actor = act(rng, steps_done=job.start.step)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -65,8 +69,9 @@ class BoxHost:
         """Take the newest policy if there is a newer one."""
         if not self._reader.poll():
             return False
+        module = self._reader.module
+        self._plans.follow(module, self.version)  # now, as there is time, and not when the next action is due
         if self._record_to is not None:
-            module = self._reader.module
             flat = np.concatenate([p.detach().numpy().ravel() for p in module.parameters()])
             save_policy(self._record_to, self.version, flat)
         return True

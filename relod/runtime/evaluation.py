@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from ..algos.agent import FixedPolicy, TorchActor, bind_policy, flatten_policy, policy_from_state
 from ..algos.checked import find_algorithm
+from ..algos.inference import Plans
 from ..errors import EXIT_OK, RelodError, SettingsError, StartError
 from ..loading import load_attribute
 from ..robots.vision import make_shrink
@@ -170,15 +172,10 @@ class FixedHost:
         module = bind_policy(algorithm.build_actor(job.spec, job.settings), job.policy.copy())
         needs = algorithm.needs(job.spec, job.settings)
         source = FixedPolicy(module=module, version=self.version)
-        warm_up(TorchActor(source, job.spec, needs, np.random.default_rng(), deterministic=True), job.spec)
-        self.actor = TorchActor(
-            source,
-            job.spec,
-            needs,
-            random_stream(job.seed, START.stream("actor")),
-            deterministic=job.deterministic,
-            steps_done=NO_WARM_UP,
-        )
+        act = partial(TorchActor, source, job.spec, needs, plans=Plans(needs.window.out_hw))
+        warm_up(act(np.random.default_rng(), deterministic=True), job.spec)
+        rng = random_stream(job.seed, START.stream("actor"))
+        self.actor = act(rng, deterministic=job.deterministic, steps_done=NO_WARM_UP)
 
     def poll(self) -> bool:
         """There never is another."""

@@ -188,7 +188,8 @@ class _VirtualSession:
         self._host.poll()
         # Before the last step, too: a run that is given more steps later goes on as if it had had them at once.
         last = self._plan.max_steps > 0 and self._cycle.steps == self._plan.max_steps - 1 and tick.step is not None
-        if last or monotonic_ns() - self._saved_ns > self._plan.settings.learner.checkpoint_every_s * NS_PER_S:
+        due = monotonic_ns() - self._saved_ns > self._plan.settings.learner.checkpoint_every_s * NS_PER_S
+        if last or (due and tick.phase is not Phase.OVER):  # the last step ends its episode only because it is the last
             self._save()
 
     def _take(self, tick: Tick) -> None:

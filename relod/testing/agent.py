@@ -31,6 +31,7 @@ from ..algos.agent import (
     policy_from_state,
     policy_size,
 )
+from ..algos.inference import make_plan
 from ..config import LearnerSettings, Section, load
 from ..errors import SettingsError
 from ..robots import registry
@@ -113,6 +114,23 @@ class AgentContract:
             first, second, third = (actor.act(observation).values for actor in actors)
             assert first.tolist() == second.tolist()
             assert third == pytest.approx(first, abs=1e-6)
+
+    def test_it_acts_by_a_plan_as_its_network_says(self) -> None:
+        _, needs = self._parts()
+        policy, rng = self._learner(1).policy(), np.random.default_rng(0)
+        plan = make_plan(policy, needs.window.out_hw)
+        if plan is None:
+            pytest.skip("its network is none that a plan covers")
+        (top, left), (height, width) = needs.window.centre, needs.window.out_hw
+        for observation in _observations(5, seed=4):
+            images = [image[top : top + height, left : left + width] for image in observation.images]
+            noise = rng.standard_normal(SPEC.action_dim, np.float32)
+            given = (torch.from_numpy(array[None]) for array in (np.stack(images), observation.proprio, noise))
+            with torch.inference_mode():
+                expected = policy(*given)
+            for ours, theirs in zip(plan(images, observation.proprio, noise), expected, strict=True):
+                assert ours.dtype == np.float32
+                assert ours == pytest.approx(theirs[0].numpy(), abs=1e-5)
 
     # Its learner.
 

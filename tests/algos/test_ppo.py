@@ -164,7 +164,7 @@ def test_densities_and_divergences_are_torchs():
 def reference_gradient(learner: PpoLearner, rollout: Rollout, settings: PpoSettings) -> dict[str, torch.Tensor]:
     """Of the loss over a whole rollout, written down once more, in float64."""
     policy, value = learner.policy().double(), learner._value.double()
-    policy.encoder._grid = policy.encoder._grid.double()
+    policy.encoder.grid = policy.encoder.grid.double()
     steps = len(rollout.rewards)
     images = torch.from_numpy(rollout.look(np.arange(len(rollout.proprio))))
 
@@ -177,7 +177,7 @@ def reference_gradient(learner: PpoLearner, rollout: Rollout, settings: PpoSetti
         first = policy.encoder.first
         maps = policy.encoder.rest[0](torch.relu(torch.nn.functional.conv2d(stacked, first.weight, first.bias, 2)))
         soft = maps.flatten(2).softmax(-1)
-        place = torch.einsum("bcp,gp->bcg", soft, policy.encoder._grid).flatten(1)
+        place = torch.einsum("bcp,gp->bcg", soft, policy.encoder.grid).flatten(1)
         return torch.cat([place, torch.tanh(maps.amax((2, 3)) / 4)], -1)
 
     with torch.no_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ...algos.agent import TorchActor, bind_policy
+from ...algos.inference import Plans
 from ...errors import RelodError, SettingsError
 from ...packages import distribution
 from ...seeds import random_stream
@@ -320,6 +321,7 @@ class PolicyDesk:
     def __init__(self, plan: LearnerPlan, box: PolicyBox) -> None:
         self._plan = plan
         self._needs = plan.algorithm.needs(plan.spec, plan.settings.agent)
+        self._plans = Plans(self._needs.window.out_hw)
         self._thread = ThreadPoolExecutor(1, "act", initializer=torch.set_num_threads, initargs=(1,))
 
         def bound(flat: FloatArray) -> _Bound:
@@ -355,7 +357,10 @@ class PolicyDesk:
         if not self._warm:
             self._warm = True
             self._thread.submit(self._warm_up)
-        return TorchActor(self, self._plan.spec, self._needs, random_stream(self._plan.settings.run.seed, stream))
+        return self._actor(random_stream(self._plan.settings.run.seed, stream))
+
+    def _actor(self, rng: np.random.Generator, *, deterministic: bool = False) -> TorchActor:
+        return TorchActor(self, self._plan.spec, self._needs, rng, deterministic=deterministic, plans=self._plans)
 
     async def act(self, actor: TorchActor, observation: Observation) -> Acted:
         """The answer to an observation."""
@@ -366,5 +371,4 @@ class PolicyDesk:
         self._thread.shutdown()
 
     def _warm_up(self) -> None:
-        spec = self._plan.spec
-        warm_up(TorchActor(self, spec, self._needs, np.random.default_rng(), deterministic=True), spec)
+        warm_up(self._actor(np.random.default_rng(), deterministic=True), self._plan.spec)
