@@ -52,7 +52,7 @@ STAGES: tuple[StageInfo, ...] = (
     StageInfo("sensor_delay", "sensor true > received", "newest packet's values were true -> it arrived here"),
     StageInfo("frame_delay", "frame taken > received", "middle of the newest frame's exposure -> it arrived here"),
     StageInfo("sensor_wait", "received > observed", "newest packet arrived -> the observation is assembled"),
-    StageInfo("lateness", "deadline > cycle starts", "deadline of the cycle -> it starts"),
+    StageInfo("lateness", "deadline > cycle start", "deadline of the cycle -> it starts"),
     StageInfo("sentinel", "  the idle sentinel's", "deadline of a ticker that does nothing -> it wakes"),
     StageInfo("encode", "encode a frame", "a frame is taken -> it is encoded for the learner"),
     StageInfo("send", "cycle starts > sent", "cycle starts -> its question is given to the socket"),
