@@ -110,6 +110,11 @@ class Spans:
         """Those that began at `start_ns` or later."""
         return Spans(self._rows[self._rows["start_ns"] >= start_ns])
 
+    def within(self, start_ns: int, end_ns: int) -> Spans:
+        """Those that ended in this time. By their start, those of a policy that is acting already would be missing."""
+        ended_ns = self._rows["end_ns"]
+        return Spans(self._rows[(ended_ns >= start_ns) & (ended_ns <= end_ns)])
+
     def of(self, stage: Stage) -> npt.NDArray[Any]:
         """Spans of a stage, by their start."""
         rows: npt.NDArray[Any] = self._rows[self._rows["stage"] == stage]

@@ -94,6 +94,13 @@ def test_the_lag_of_the_policy_counts_updates_it_does_not_have():
     assert policy_lag(robot, learner, offset_ns=-10 * NS_PER_MS).tolist() == [0, 1, 0]
 
 
+def test_a_stretch_has_what_ended_in_it():
+    found = spans((Stage.POLICY_AGE, 1, 0, 90), (Stage.POLICY_AGE, 2, 0, 100), (Stage.ACT, 3, 150, 200))
+    found = found.within(100 * NS_PER_MS, 150 * NS_PER_MS)
+    assert found.by_index(Stage.POLICY_AGE).keys() == {2}
+    assert not len(found.of(Stage.ACT))
+
+
 def test_percentiles_are_values_that_were_seen():
     assert percentiles([]) is None
     assert percentiles(range(1, 1001)) == {"p50": 500, "p90": 900, "p99": 990, "p999": 999, "max": 1000}
