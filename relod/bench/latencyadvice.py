@@ -57,7 +57,9 @@ def advise(modes: Sequence[ModeFacts], *, link: str | None, learner: str | None)
     if sound:
         fastest = max(facts.updates_per_s or 0.0 for facts in sound)
         best = next(facts for facts in sound if (facts.updates_per_s or 0.0) >= ALIKE * fastest)
-        told.append(f"Use {best.mode} {where}: it kept every deadline{_budget(best)}{_learning(best)}.{_price(best)}")
+        told.append(
+            f"Use {best.mode} {where}: it kept every deadline{_cycle(best)}{_budget(best)}{_learning(best)}.{_price(best)}"
+        )
         others = [facts for facts in sound if facts is not best]
         told += [
             f"{facts.mode} kept its deadlines too{_budget(facts)}{_learning(facts)}.{_price(facts)}" for facts in others
@@ -77,13 +79,16 @@ def _rank(facts: ModeFacts) -> int:
     return CLOSENESS.index(facts.mode) if facts.mode in CLOSENESS else len(CLOSENESS)
 
 
+def _cycle(facts: ModeFacts) -> str:
+    return f" of {facts.cycle_ms:g} ms" if facts.cycle_ms else ""
+
+
 def _budget(facts: ModeFacts) -> str:
-    cycle = f" of {facts.cycle_ms:g} ms" if facts.cycle_ms else ""
     but = f" but {facts.shared_overruns}, for which an idle process was late as well," if facts.shared_overruns else ""
     left = ""
     if facts.cycle_left is not None:
         left = f" with {100 * facts.cycle_left:.0f} % of the cycle left at the 99th percentile"
-    return f"{cycle}{but}{left}"
+    return f"{but}{left}"
 
 
 def _learning(facts: ModeFacts) -> str:
