@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Sequence
@@ -56,9 +57,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _spelled_out(arguments: Sequence[str]) -> list[str]:
     """`--profile` without a name asks where the time goes; with one, it names settings."""
-    following = [*arguments[1:], "--"]
-    bare = [one == "--profile" and next_.startswith("-") for one, next_ in zip(arguments, following, strict=True)]
-    return ["--timing" if is_bare else one for one, is_bare in zip(arguments, bare, strict=True)]
+    pairs = itertools.pairwise([*arguments, "--"])
+    return ["--timing" if one == "--profile" and next_.startswith("-") else one for one, next_ in pairs]
 
 
 def _unwrap(group: BaseExceptionGroup) -> int:

@@ -1,59 +1,54 @@
 """`relod bench latency`: one mode after the other, for real, as its user would run it; their figures side by side.
 
-It starts whole commands in sessions of their own and reads what they write: the run folder while they run, the JSON
-document at their end. What is measured is what every run measures of itself; only processor time is added here.
+It starts whole commands and reads what they write: the run folder while they run, the JSON document at their end. What
+is measured is what every run measures of itself; only processor time is added here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
+import math
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ..errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, EXIT_START, SettingsError
+from ..errors import EXIT_OK, EXIT_SIGINT, EXIT_START, SettingsError, StartError
 from ..robots import registry
 from ..runtime import provenance
 from ..runtime.clock import NS_PER_S, monotonic_ns, sleep_s
 from ..runtime.modes import MODES
 from ..runtime.remote.linkprofile import profile_named
 from ..runtime.request import one_of
+from .commands import Command, Failed, free_port, processor_s, terminable
+from .latencyadvice import ModeFacts, advise
+from .latencyplot import check_plot, write_plot
+from .latencyrow import DOCUMENTED, Lines, ModeRow, Stretch, told
 from .latencyview import BenchView
 
-__all__ = ["FIGURES", "LatencyRequest", "ModeRow", "run_latency"]
+__all__ = ["LatencyRequest", "run_latency"]
 
-RELOD = (sys.executable, "-m", "relod")
 POLL_S = 0.25
+LOOK_EVERY_S = 1.0  # at the spans: a run writes them once a second
+LOOK_SHARE = 0.02  # of a core, at most: what looks must not be what is seen
 START_LIMIT_S = 180.0  # from nothing to the first step: two imports of torch on a busy small machine, and a reset
-END_LIMIT_S = 75.0  # a robot may drain for 30 s, a worker may finish for 30 s
+UPDATE_LIMIT_S = 15.0  # from the first step to the first update; a rollout may last minutes
 # A run of seconds has no time for random actions. A policy comes with the first update, so not from the first step on.
 LOAD = ("agent.init_steps=50",)
 IMAGE = ("image_height", "image_width")  # settings of tasks, which presets change where robot and learner are one host
 LEARNERS = ("agent", "server")  # sections of settings that only a learner has
 
-DOCUMENTED = (
-    *("rtt_ms", "answer_ms", "act_ms", "cycle_lateness_ms", "sentinel_ms", "overruns", "overruns_not_shared"),
-    *("late_actions", "policy_age_ms", "steps"),
-)
-RATES = {"updates_per_s": "updates", "uplink_bytes_per_s": "link.uplink_bytes"} | {
-    "downlink_bytes_per_s": "link.downlink_bytes"
-}
-FIGURES = (*DOCUMENTED, *RATES, "cpu_cores")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencyRequest:
-    """What the user asked for; raises `SettingsError` for what is no mode, task, link or time."""
+    """What the user asked for.
+
+    Raises:
+        SettingsError: what is no mode, task, link or time, or a file that cannot be written.
+        StartError: a picture is wanted, and there is no matplotlib.
+    """
 
     task: str = "create"
     modes: tuple[str, ...] = tuple(MODES)
@@ -62,7 +57,12 @@ class LatencyRequest:
     seed: int = 0
     learner: str | None = None  # one that runs already; else each mode that needs one gets its own
     token_file: Path | None = None
+    robot: str | None = None  # these three are handed to `relod robot`
+    camera: str | None = None
+    allow_mixed: bool = False
     assignments: tuple[str, ...] = ()  # settings, handed to whichever end has them
+    plot: Path | None = None
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         registry.task(self.task)
@@ -72,109 +72,125 @@ class LatencyRequest:
             raise SettingsError(f"--modes {','.join(self.modes)!r}", f"name each once: {', '.join(MODES)}")
         if self.link is not None:
             profile_named(self.link)
-        if not self.seconds > 0:
+        if not (self.seconds > 0 and math.isfinite(self.seconds)):
             raise SettingsError(f"--seconds {self.seconds:g}", "give the time to measure each mode for, for example 20")
-
-
-@dataclass(slots=True, kw_only=True)
-class ModeRow:
-    """One mode: what is known of it so far. Figures are None until a run tells them, or where there is no link."""
-
-    mode: str
-    phase: str = ""
-    measured_s: float = 0.0
-    figures: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(FIGURES))
-    exit_code: int | None = None  # of the robot's command; 0 when it ended as it was told to
-    error: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return {**self.figures, "exit_code": self.exit_code, "error": self.error}
+        if self.plot is not None:
+            check_plot(self.plot)
+            _check_writable("--plot", self.plot)
+        if self.out is not None:
+            _check_writable("--out", self.out)
 
 
 def run_latency(request: LatencyRequest, arguments: Sequence[str] = ()) -> tuple[dict[str, Any], int]:
     """Run the modes; returns the JSON document and the exit code, which is not 0 only when every mode failed.
 
-    Ends what it started also when it is interrupted.
+    Ends what it started also when it is interrupted. `StartError` when a file cannot be written after all.
     """
     rows = [ModeRow(mode=mode) for mode in request.modes]
-    with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder, _terminable(), BenchView(rows) as view:
+    made_by = provenance.describe(["relod", *arguments])
+    title = _title(request, made_by)
+    with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder, terminable(), BenchView(rows, title) as view:
         for row in rows:
             row.phase = "starting"
             try:
                 _run_mode(request, row, Path(folder) / row.mode, view)
-            except _Failed as failure:
+            except Failed as failure:
                 row.error, row.exit_code = str(failure), failure.exit_code
             view.done(row)
+    advice = advise([_facts(row) for row in rows], link=request.link, learner=request.learner)
+    view.say(advice)
     document = {
         "benchmark": "latency",
-        **provenance.describe(["relod", *arguments]),
+        **made_by,
         "task": request.task,
+        "robot": request.robot,
+        "camera": request.camera,
         "link": request.link,
+        "learner": request.learner,
         "seconds": request.seconds,
         "seed": request.seed,
+        "advice": advice,
         "modes": {row.mode: row.to_dict() for row in rows},
     }
+    if request.out is not None:
+        _write(request.out, document)
+    if request.plot is not None and any(row.samples for row in rows):
+        write_plot(rows, title, request.plot)
     codes = [row.exit_code or EXIT_OK for row in rows]
     return document, codes[0] if all(row.error for row in rows) else EXIT_OK
 
 
-class _Failed(Exception):
-    """A mode that could not be measured; the text is a line for people."""
-
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
-
-
 def _run_mode(request: LatencyRequest, row: ModeRow, folder: Path, view: BenchView) -> None:
     with contextlib.ExitStack() as stack:
-        learner, url = None, request.learner
+        learner, url, learners_runs = None, request.learner, None
         remote = not MODES[row.mode].place.learns_here
         if remote and url is None:
-            address = f"127.0.0.1:{_free_port()}"
-            learner, url = _Command(_learner_arguments(request, address, folder), folder / "learner"), f"ws://{address}"
+            address, learners_runs = f"127.0.0.1:{free_port()}", folder / "learner"
+            learner, url = Command(_learner_arguments(request, address, folder), learners_runs), f"ws://{address}"
             stack.callback(learner.close)
-        robot = _Command(_robot_arguments(request, row.mode, url if remote else None, folder), folder / "robot")
+        robot = Command(_robot_arguments(request, row.mode, url if remote else None, folder), folder / "robot")
         stack.callback(robot.close)
-        used = _measure(request, row, robot, learner, _Lines(folder / "robot"), view)
+        commands = {"robot": robot, "learner": learner}
+        stretch, end_ns = _measure(request, row, commands, (folder / "robot", learners_runs), view)
+        row.phase = "ending"
+        view.show(row, monotonic_ns())
         row.exit_code = robot.end()
+        if learner is not None:
+            learner.close()  # first, so that all spans are written
+        stretch.read(row, end_ns)
         document = robot.document()
         if row.exit_code not in (EXIT_OK, EXIT_SIGINT) or document is None:
-            raise _Failed(robot.complaint(), row.exit_code or EXIT_START)
+            raise Failed(robot.complaint(), row.exit_code or EXIT_START)
         row.exit_code = EXIT_OK
-        row.figures |= {name: _told(document[name]) for name in DOCUMENTED if name in document}
-        row.figures["cpu_cores"] = used
+        row.figures |= {name: told(document[name]) for name in DOCUMENTED if name in document}
+        row.link = document.get("relay")
 
 
 def _measure(
     request: LatencyRequest,
     row: ModeRow,
-    robot: _Command,
-    learner: _Command | None,
-    lines: _Lines,
+    commands: dict[str, Command | None],
+    runs: tuple[Path, Path | None],
     view: BenchView,
-) -> dict[str, float]:
-    """Follow the run until it has cycled long enough; returns the processor time of each process, in cores."""
-    began_ns, first_ns = monotonic_ns(), 0
+) -> tuple[Stretch, int]:
+    """Follow the run until it has cycled long enough; returns the measured stretch, and its end in ns."""
+    lines, stretch = Lines(runs[0]), None
+    began_ns, stepped_ns, from_ns, look_ns = monotonic_ns(), 0, 0, 0
     before: dict[str, float] = {}
-    while row.measured_s < request.seconds:
-        for command in (robot, learner):
-            if command is not None and (code := command.process.poll()) is not None:
-                raise _Failed(command.complaint(), code if code > 0 else EXIT_START)
+    while stretch is None or row.measured_s < request.seconds:
+        for command in filter(None, commands.values()):
+            command.check()
         lines.read()
         now_ns = monotonic_ns()
-        if not first_ns and lines.with_steps:
-            first_ns, before = now_ns, _processor_s(robot, learner)
-        if first_ns:
-            row.measured_s = (now_ns - first_ns) / NS_PER_S
+        if not stepped_ns and lines.with_steps:
+            stepped_ns = now_ns
+        if stretch is None and stepped_ns:
+            row.phase = "awaiting an update"
+            if lines.updating or now_ns - stepped_ns >= UPDATE_LIMIT_S * NS_PER_S:
+                row.phase, row.measured_from = "measuring", "first update" if lines.updating else "first step"
+                stretch, from_ns, before = Stretch(*runs, now_ns), now_ns, processor_s(commands)
+        if stretch is not None:
+            row.measured_s = (now_ns - from_ns) / NS_PER_S
             row.figures |= lines.figures()
-        elif now_ns - began_ns > START_LIMIT_S * NS_PER_S:
-            raise _Failed(f"no step in {START_LIMIT_S:g} s: {robot.complaint()}", EXIT_START)
+            if now_ns >= look_ns and row.measured_s > 0:
+                row.figures["cpu_cores"] = _cores(before, processor_s(commands), row.measured_s)
+                stretch.read(row, now_ns)
+                look_ns = now_ns + max(int(LOOK_EVERY_S * NS_PER_S), int((monotonic_ns() - now_ns) / LOOK_SHARE))
+        elif not stepped_ns and now_ns - began_ns > START_LIMIT_S * NS_PER_S:
+            robot = commands["robot"]
+            assert robot is not None
+            raise Failed(f"no step in {START_LIMIT_S:g} s: {robot.complaint()}", EXIT_START)
         view.show(row, now_ns)
         sleep_s(POLL_S)
-    used = _processor_s(robot, learner)
-    return {name: round((used[name] - before.get(name, 0.0)) / row.measured_s, 3) for name in sorted(used)}
+    end_ns = monotonic_ns()
+    row.measured_s = (end_ns - from_ns) / NS_PER_S
+    row.figures["cpu_cores"] = _cores(before, processor_s(commands), row.measured_s)
+    return stretch, end_ns
+
+
+def _cores(before: dict[str, float], now: dict[str, float], seconds: float) -> dict[str, float]:
+    """Processor time of each process, in cores."""
+    return {name: round((now[name] - before.get(name, 0.0)) / seconds, 3) for name in sorted(now)}
 
 
 # -- the commands ------------------------------------------------------------------------------------------------------
@@ -182,6 +198,12 @@ def _measure(
 
 def _robot_arguments(request: LatencyRequest, mode: str, url: str | None, folder: Path) -> list[str]:
     found = ["robot", "--json", "--task", request.task, "--mode", mode, "--seed", str(request.seed)]
+    if request.robot is not None:
+        found += ["--robot", request.robot]
+    if request.camera is not None:
+        found += ["--camera", request.camera]
+    if request.allow_mixed:
+        found.append("--allow-mixed")
     assignments = [*LOAD, *_image_size(request.task), *request.assignments]
     if url is not None:
         assignments = [each for each in assignments if _section(each) not in LEARNERS]
@@ -216,128 +238,48 @@ def _settings(assignments: Sequence[str]) -> list[str]:
     return [word for each in assignments for word in ("--set", each)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+# -- what is made of it ------------------------------------------------------------------------------------------------
 
 
-class _Command:
-    """A relod command in a session of its own, its output in files of `folder`."""
-
-    def __init__(self, arguments: Sequence[str], folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._out, self._err = folder / "stdout", folder / "stderr"
-        self._name = f"relod {arguments[0]}"
-        with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [*RELOD, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
-
-    def end(self) -> int:
-        """Ask it to end, as Ctrl-C does, and wait; what is left after the limit is killed. Returns the exit code."""
-        try:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGINT)
-            return self.process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise _Failed(f"{self._name} did not end within {END_LIMIT_S:g} s of Ctrl-C", EXIT_START) from None
-        finally:
-            if self.process.poll() is None:  # not waited for yet, so its number is still its own
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-    def close(self) -> None:
-        """End it, however."""
-        with contextlib.suppress(_Failed):
-            self.end()
-
-    def document(self) -> dict[str, Any] | None:
-        """The JSON that it printed at its end; None when there is none."""
-        with contextlib.suppress(ValueError):
-            found = json.loads(self._out.read_bytes())
-            return found if isinstance(found, dict) else None
-        return None
-
-    def complaint(self) -> str:
-        """Its last line for people."""
-        lines = [line for line in self._err.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].removeprefix("relod: ") if lines else f"{self._name} said nothing"
+def _title(request: LatencyRequest, made_by: dict[str, Any]) -> str:
+    link = f", link {request.link}" if request.link else ""
+    learner = f", learner {request.learner}" if request.learner else ""
+    return f"{request.task}{link}{learner}; {made_by['cores']} cores of {made_by['cpu']}, {made_by['host']}"
 
 
-def _processor_s(robot: _Command, learner: _Command | None) -> dict[str, float]:
-    """Seconds of processor time of both commands' processes so far, by name."""
-    leaders = {robot.process.pid: "robot"} | ({learner.process.pid: "learner"} if learner is not None else {})
-    used: dict[str, float] = defaultdict(float)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it is gone
-            head, _, rest = stat.read_text(errors="replace").rpartition(") ")
-            pid, _, name = head.partition(" (")
-            fields = rest.split()  # proc(5), from the third on: state ppid pgrp session ... utime stime
-            if int(fields[3]) in leaders and (int(pid) in leaders or name.startswith("relod-")):
-                own = leaders.get(int(pid), name.removeprefix("relod-"))
-                used[own] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return used
+def _facts(row: ModeRow) -> ModeFacts:
+    figures = row.figures
+    overruns, unshared = figures["overruns"] or 0, figures["overruns_not_shared"] or 0
+    answer, age, sentinel = figures["answer_ms"], figures["policy_age_ms"], figures["sentinel_ms"]
+    return ModeFacts(
+        mode=row.mode,
+        cycle_ms=row.cycle_ms,
+        overruns=unshared,
+        shared_overruns=max(0, overruns - unshared),
+        late_actions=figures["late_actions"] or 0,
+        steps=figures["steps"] or 0,
+        cycle_left=row.cycle_left,
+        updates_per_s=figures["updates_per_s"],
+        policy_age_ms=age and age["p50"],
+        answer_ms=answer and (answer["p50"], answer["p99"]),
+        sentinel_ms=sentinel and sentinel["p99"],
+        error=row.error,
+    )
 
 
-# -- what a run writes while it runs -----------------------------------------------------------------------------------
-
-
-class _Lines:
-    """The lines of a run's metrics.jsonl, as they come.
-
-    Args:
-        runs: the folder in which the run makes its own.
-    """
-
-    def __init__(self, runs: Path) -> None:
-        self._path = runs / "latest" / "metrics.jsonl"
-        self._read_bytes = 0
-        self.with_steps: list[dict[str, Any]] = []  # lines of figures from the first step on
-
-    def read(self) -> None:
-        """Take in what is new."""
-        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
-            file.seek(self._read_bytes)
-            whole = file.read().rpartition(b"\n")
-            self._read_bytes += len(whole[0]) + len(whole[1])
-            lines = [json.loads(line) for line in whole[0].splitlines()]
-            self.with_steps += [line for line in lines if line["steps"] and "overruns" in line]
-
-    def figures(self) -> dict[str, Any]:
-        """The newest figures, and rates since the first."""
-        newest = self.with_steps[-1]
-        found = {name: _told(newest[name]) for name in DOCUMENTED if name in newest}
-        for name in ("rtt_ms", "answer_ms"):
-            prefix = f"link.{name}."
-            found[name] = _told({key[len(prefix) :]: newest[key] for key in newest if key.startswith(prefix)})
-        return found | {name: _rate(self.with_steps, key) for name, key in RATES.items()}
-
-
-def _told(figure: Any) -> Any:
-    """The figure; None for percentiles of nothing."""
-    return None if isinstance(figure, dict) and not figure.get("max") else figure
-
-
-def _rate(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """Growth of a count per second, from the last line on in which it was 0."""
-    zeros = sum(not line.get(key) for line in lines)
-    counted = lines[max(0, zeros - 1) :]
-    if zeros == len(lines) or len(counted) < 2:
-        return None
-    first, last = counted[0], counted[-1]
-    return round(float((last[key] - first.get(key, 0)) / (last["wall_s"] - first["wall_s"])), 2)
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind this process, so that what it started ends with it."""
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        sys.exit(EXIT_SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, unwind)
+def _check_writable(option: str, path: Path) -> None:
+    """`SettingsError` when no file can be written there."""
+    existed = path.exists()
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise SettingsError(f"{option} {path}: {error.strerror}", "name a file that can be written") from error
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(document, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StartError(f"{path} cannot be written: {error.strerror}", "name another file with --out") from error

@@ -11,7 +11,10 @@ import typer
 from ..errors import SettingsError
 from . import companions
 from .options import (
+    CameraOption,
     JsonOption,
+    MixedOption,
+    RobotOption,
     SeedOption,
     SetOption,
     TaskOption,
@@ -44,10 +47,17 @@ def bench_latency(
         typer.Option(help="A learner that runs already; if not given, one is started on this host.", metavar="URL"),
     ] = None,
     token_file: TokenOption = None,
+    robot: RobotOption = None,
+    camera: CameraOption = None,
+    allow_mixed: MixedOption = False,
     assignments: SetOption = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it, as .svg or .png; needs relod[plots].", metavar="FILE")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON document to a file.", metavar="FILE")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the modes in turn for real, simulated robot included, and show what each does to the cycle."""
+    """Run the modes in turn for real, simulated robot included: where the time goes, live, and which to use."""
     from ..bench.latency import LatencyRequest, run_latency
 
     request = LatencyRequest(
@@ -58,7 +68,12 @@ def bench_latency(
         seed=seed,
         learner=learner,
         token_file=token_file,
+        robot=robot,
+        camera=camera,
+        allow_mixed=allow_mixed,
         assignments=tuple(assignments or ()),
+        plot=plot,
+        out=out,
     )
     document, code = run_latency(request, sys.argv[1:])
     if as_json:

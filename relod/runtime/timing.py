@@ -118,6 +118,11 @@ class Spans:
         """Those that began at `start_ns` or later."""
         return Spans(self._rows[self._rows["start_ns"] >= start_ns])
 
+    def within(self, start_ns: int, end_ns: int) -> Spans:
+        """Those that ended in this time. By their start, those of a policy that is acting already would be missing."""
+        ended_ns = self._rows["end_ns"]
+        return Spans(self._rows[(ended_ns >= start_ns) & (ended_ns <= end_ns)])
+
     def of(self, stage: Stage) -> npt.NDArray[Any]:
         """Spans of a stage, by their start."""
         rows: npt.NDArray[Any] = self._rows[self._rows["stage"] == stage]
@@ -154,7 +159,6 @@ def stage_samples(robot: Spans, learner: Spans | None = None, *, offset_ns: int 
         "inference": Stage.INFERENCE,
         "downlink": Stage.DOWNLINK,
         "write": Stage.WRITE,
-        "deadline_to_wire": Stage.ACT,
         "actuator_delay": Stage.MOVED,
         "policy_age": Stage.POLICY_AGE,
         "delivery": Stage.DELIVER,
@@ -163,13 +167,45 @@ def stage_samples(robot: Spans, learner: Spans | None = None, *, offset_ns: int 
     found["update"] = learning.durations_ms(Stage.UPDATE)
     found["step_to_memory"] = learning.durations_ms(Stage.STORED)
     found["step_to_learned"] = _learned(learning)
-    found |= _cycles(robot)
+    own, until = _commands(robot)
+    found["deadline_to_wire"] = _ms(np.array([end_ns - start_ns for start_ns, end_ns in until.values()], np.int64))
+    found |= _cycles(robot, own)
     return {info.name: found.get(info.name, np.zeros(0)) for info in STAGES} | {AGREEMENT: found[AGREEMENT]}
 
 
-def _cycles(robot: Spans) -> Samples:
-    """What needs several stamps of one cycle, for cycles within episodes."""
-    sensed, observed, written = (robot.by_index(stage) for stage in (Stage.SENSOR_AGE, Stage.OBSERVE, Stage.ACT))
+def _commands(robot: Spans) -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
+    """(deadline, written) of each cycle's own command; and the same of all cycles, until a command that is no held one.
+
+    Where another host acts, a cycle whose answer is late has no command of its own: the next one begins by holding the
+    former. Latency goes on until something newer is written, or the late ones would be missing and the held ones count
+    as quick.
+    """
+    own = robot.by_index(Stage.ACT)
+    asked = robot.by_index(Stage.SEND)  # by the cycle's start
+    if not asked:
+        return own, own
+    cycles = robot.by_index(Stage.LATENESS)
+    sent_ns = {index: asked[start_ns][1] for index, (_, start_ns) in cycles.items() if start_ns in asked}
+    writes = robot.of(Stage.WRITE)
+    answered = {
+        index: written_ns
+        for index, issued_ns, written_ns in zip(
+            *(writes[name].tolist() for name in ("index", "start_ns", "end_ns")), strict=True
+        )
+        if issued_ns >= sent_ns.get(index, issued_ns)  # a held command is issued before the question leaves
+    }
+    own = {index: (own[index][0], answered[index]) for index in own.keys() & answered.keys()}
+    until, newest_ns = {}, None
+    for index in sorted(cycles.keys(), reverse=True):
+        newest_ns = answered.get(index, newest_ns)
+        if newest_ns is not None:
+            until[index] = (cycles[index][0], newest_ns)
+    return own, until
+
+
+def _cycles(robot: Spans, written: Mapping[int, tuple[int, int]]) -> Samples:
+    """What needs several stamps of one cycle, for cycles within episodes whose own command was `written`."""
+    sensed, observed = (robot.by_index(stage) for stage in (Stage.SENSOR_AGE, Stage.OBSERVE))
     frames = robot.by_index(Stage.FRAME_AGE)
     index = sorted(sensed.keys() & observed.keys() & written.keys() & frames.keys())
     arrived_ns, observed_ns, written_ns, taken_ns = (

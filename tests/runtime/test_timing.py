@@ -64,6 +64,27 @@ def test_the_stages_of_a_local_cycle():
     }
 
 
+def test_a_late_answer_counts_until_something_newer_is_written():
+    rows = [(Stage.LATENESS, n, 40 * n, 40 * n + 0.5) for n in range(5)]
+    rows += [(Stage.SEND, round((40 * n + 0.5) * NS_PER_MS), 40 * n + 0.5, 40 * n + 2) for n in (1, 2, 3)]
+    # Cycle 0 asks nothing; the answers to 1 and 2 come too late: 2 and 3 begin with what is held, and 3 is answered.
+    for number, issued_ms in ((0, 1), (2, 80.6), (3, 120.6), (3, 130), (4, 161)):
+        rows += [(Stage.WRITE, number, issued_ms, issued_ms + 0.4), (Stage.ACT, number, 40 * number, issued_ms + 0.4)]
+    found = stage_samples(spans(*rows))
+    assert sorted(found["deadline_to_wire"]) == pytest.approx([1.4, 1.4, 10.4, 50.4, 90.4])
+
+
+def test_a_late_answer_moves_nothing():
+    rows = [
+        *cycle(1, 1000),
+        *cycle(2, 1045),
+        (Stage.SEND, 1000_200_000, 1000.2, 1010),
+        (Stage.SEND, 1045_200_000, 1045.2, 1046),
+    ]
+    found = stage_samples(spans(*rows))
+    assert len(found["observed_to_wire"]) == len(found["sensor_to_motion"]) == 1  # the first cycle only held
+
+
 def test_a_real_robot_tells_nothing_of_itself():
     rows = [row for row in cycle(1, 1000) if row[0] not in (Stage.SENSED, Stage.MOVED)]
     found = stage_samples(spans(*rows))
@@ -92,6 +113,13 @@ def test_the_lag_of_the_policy_counts_updates_it_does_not_have():
     robot = spans((Stage.POLICY_AGE, 7, 12, 15), (Stage.POLICY_AGE, 7, 12, 35), (Stage.POLICY_AGE, 9, 31, 36))
     assert policy_lag(robot, learner).tolist() == [0, 2, 0]
     assert policy_lag(robot, learner, offset_ns=-10 * NS_PER_MS).tolist() == [0, 1, 0]
+
+
+def test_a_stretch_has_what_ended_in_it():
+    found = spans((Stage.POLICY_AGE, 1, 0, 90), (Stage.POLICY_AGE, 2, 0, 100), (Stage.ACT, 3, 150, 200))
+    found = found.within(100 * NS_PER_MS, 150 * NS_PER_MS)
+    assert found.by_index(Stage.POLICY_AGE).keys() == {2}
+    assert not len(found.of(Stage.ACT))
 
 
 def test_percentiles_are_values_that_were_seen():

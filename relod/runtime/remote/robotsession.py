@@ -139,11 +139,9 @@ class _RemoteLearning:
         target = urlsplit(remote.url)
         if target.scheme != "ws" or target.hostname is None:
             raise SettingsError(f"--link {remote.link} with {remote.url}", "an emulated link needs ws://HOST:PORT")
-        self._relay = Relay()
-        profile = profile_named(remote.link)
-        host, port = await self._relay.start(
-            target.hostname, target.port or 80, profile, seed=self._plan.settings.run.seed
-        )
+        relay, profile = Relay(), profile_named(remote.link)
+        host, port = await relay.start(target.hostname, target.port or 80, profile, seed=self._plan.settings.run.seed)
+        self._relay = relay
         return f"ws://{host}:{port}"
 
     def _open_actor(self, welcome: Welcome) -> Opening:
@@ -341,5 +339,6 @@ class _RemoteLearning:
             "duplicates": outbox.duplicates,
             "backlog_max": outbox.backlog_max,
             "steps_dropped": outbox.dropped,
+            "relay": self._relay.figures() if self._relay is not None else None,
             **{name: figures[name] for name in SUMMARY_FIGURES if name in figures},
         }
