@@ -58,7 +58,8 @@ def advise(modes: Sequence[ModeFacts], *, link: str | None, learner: str | None)
         fastest = max(facts.updates_per_s or 0.0 for facts in sound)
         best = next(facts for facts in sound if (facts.updates_per_s or 0.0) >= ALIKE * fastest)
         told.append(
-            f"Use {best.mode} {where}: it kept every deadline{_cycle(best)}{_budget(best)}{_learning(best)}.{_price(best)}"
+            f"Use {best.mode} {where}: it kept every deadline{_cycle(best)}"
+            f"{_budget(best)}{_learning(best)}.{_price(best)}"
         )
         others = [facts for facts in sound if facts is not best]
         told += [
