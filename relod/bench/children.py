@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any
 
 from ..errors import EXIT_OK, EXIT_SIGTERM, EXIT_START
 
-__all__ = ["RELOD", "Ended", "end", "run_relod", "terminable"]
+__all__ = ["RELOD", "Ended", "end", "run_relod", "signals_held", "terminable"]
 
 RELOD = (sys.executable, "-m", "relod")
 END_LIMIT_S = 75.0  # a robot may drain for 30 s, a worker may finish for 30 s
@@ -40,7 +41,7 @@ def run_relod(arguments: Sequence[str], *, shown: bool = False) -> Ended:
 
     However this call ends, the command ends before it, as with Ctrl-C, or killed with all of its session.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, signals_held() as release:
         process = subprocess.Popen(
             [*RELOD, *arguments],
             stdin=subprocess.DEVNULL,
@@ -49,6 +50,7 @@ def run_relod(arguments: Sequence[str], *, shown: bool = False) -> Ended:
             start_new_session=True,
         )
         try:
+            release()
             code = process.wait()
         finally:
             end(process)
@@ -66,6 +68,32 @@ def end(process: subprocess.Popen[Any]) -> None:
         if process.poll() is None:  # not waited for yet, so its number is still its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM wait until what is yielded is called, or the block ends.
+
+    A signal in the middle of `Popen` would leave a child that nobody knows. Only for the main thread; elsewhere no
+    signal is handled anyway.
+    """
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+        while came:
+            signal.raise_signal(came.pop(0))
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda received, frame: came.append(received))
+    try:
+        yield release
+    finally:
+        release()
 
 
 @contextlib.contextmanager

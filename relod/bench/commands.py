@@ -13,14 +13,13 @@ import socket
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from ..errors import EXIT_SIGTERM, EXIT_START
+from ..errors import EXIT_START
 
-__all__ = ["Command", "Failed", "free_port", "processor_s", "terminable"]
+__all__ = ["Command", "Failed", "free_port", "processor_s"]
 
 RELOD = (sys.executable, "-m", "relod")
 END_LIMIT_S = 75.0  # a robot may drain for 30 s, a worker may finish for 30 s
@@ -102,17 +101,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM unwind this process, so that what it started ends with it."""
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        sys.exit(EXIT_SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -22,7 +22,9 @@ from ..runtime.clock import NS_PER_S, monotonic_ns, sleep_s
 from ..runtime.modes import MODES
 from ..runtime.remote.linkprofile import profile_named
 from ..runtime.request import one_of
-from .commands import Command, Failed, free_port, processor_s, terminable
+from .children import terminable
+from .commands import Command, Failed, free_port, processor_s
+from .form import check_writable
 from .latencyadvice import ModeFacts, advise
 from .latencyplot import check_plot, write_plot
 from .latencyrow import DOCUMENTED, Lines, ModeRow, Stretch, told
@@ -76,9 +78,8 @@ class LatencyRequest:
             raise SettingsError(f"--seconds {self.seconds:g}", "give the time to measure each mode for, for example 20")
         if self.plot is not None:
             check_plot(self.plot)
-            _check_writable("--plot", self.plot)
-        if self.out is not None:
-            _check_writable("--out", self.out)
+            check_writable(self.plot, "--plot")
+        check_writable(self.out)
 
 
 def run_latency(request: LatencyRequest, arguments: Sequence[str] = ()) -> tuple[dict[str, Any], int]:
@@ -265,17 +266,6 @@ def _facts(row: ModeRow) -> ModeFacts:
         sentinel_ms=sentinel and sentinel["p99"],
         error=row.error,
     )
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """`SettingsError` when no file can be written there."""
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise SettingsError(f"{option} {path}: {error.strerror}", "name a file that can be written") from error
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -52,13 +52,15 @@ def advise(modes: Sequence[ModeFacts], *, link: str | None, learner: str | None)
     if not measured:
         return "No mode could be measured here, so there is nothing to advise."
     sound = sorted((facts for facts in measured if facts.sound), key=_rank)
-    where = "on this machine" + (f" and link ({link})" if link else f" with {learner}" if learner else "")
+    where = "on this machine" + (f" and link ({link})" if link else "")
     told = []
     if sound:
         fastest = max(facts.updates_per_s or 0.0 for facts in sound)
         best = next(facts for facts in sound if (facts.updates_per_s or 0.0) >= ALIKE * fastest)
+        with_whom = f", with {learner}" if learner and best.mode != "local-only" else ""
         told.append(
-            f"Use {best.mode} {where}: it kept every deadline{_cycle(best)}{_budget(best)}{_learning(best)}.{_price(best)}"
+            f"Use {best.mode} {where}{with_whom}: it kept every deadline{_cycle(best)}"
+            f"{_budget(best)}{_learning(best)}.{_price(best)}"
         )
         others = [facts for facts in sound if facts is not best]
         told += [

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import SettingsError
+from ..runtime.timing import STAGES
 from .form import PERCENTILES, number, ratio_text
 
 __all__ = ["TABLES", "check_markers", "replace_section", "section"]
@@ -28,10 +29,39 @@ def form_table(document: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in document["notes"])]).rstrip()
 
 
+def latency_table(document: Mapping[str, Any]) -> str:
+    """The table of `relod bench latency`: a row for each stage that a mode has, a column for each mode."""
+    modes: Mapping[str, Any] = document["modes"]
+    rows = {
+        info.title.strip(): [_pair(found["stages"].get(info.name)) for found in modes.values()] for info in STAGES
+    } | {
+        "policy's lag, updates": [_pair(found["policy_lag"]) for found in modes.values()],
+        "overruns, not shared by the sentinel": [_text(found["overruns_not_shared"]) for found in modes.values()],
+        "late actions": [_text(found["late_actions"]) for found in modes.values()],
+        "share of the cycle that is left": [_text(found["cycle_left"]) for found in modes.values()],
+        "updates per second": [_text(found["updates_per_s"]) for found in modes.values()],
+        "up, down, MB/s": [
+            ", ".join(_text(found[f"{way}link_bytes_per_s"], 1e6) for way in ("up", "down")).strip(", ")
+            for found in modes.values()
+        ],
+    }
+    lines = [f"| ms, p50 / p99 | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items() if any(cells)]
+    return "\n".join([*lines, "", str(document["advice"])])
+
+
+def _pair(found: Mapping[str, float] | None) -> str:
+    return f"{number(found['p50'])} / {number(found['p99'])}" if found else ""
+
+
+def _text(value: float | None, unit: float = 1) -> str:
+    return "" if value is None else number(value / unit)
+
+
 # What makes a table of a document, by benchmark. One that is not here is measured, and has no table.
 TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = dict.fromkeys(
     ("transport", "replay", "update", "control", "link"), form_table
-)
+) | {"latency": latency_table}
 
 
 def section(document: Mapping[str, Any]) -> str:

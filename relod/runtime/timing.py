@@ -63,7 +63,11 @@ STAGES: tuple[StageInfo, ...] = (
     StageInfo("downlink", "downlink", "the action is there -> it is back at the robot"),
     StageInfo("write", "command > wire", "command in shared memory -> written on the robot's wire"),
     StageInfo("observed_to_wire", "observed > wire", "observation assembled -> command written on the robot's wire"),
-    StageInfo("deadline_to_wire", "deadline > wire", "deadline of the cycle -> command written on the robot's wire"),
+    StageInfo(
+        "deadline_to_wire",
+        "deadline > wire",
+        "deadline of a cycle of an episode -> command written on the robot's wire",
+    ),
     StageInfo("wire_delay", "wire > robot", "command written -> it arrived at the (simulated) robot"),
     StageInfo("actuator_delay", "robot > moved", "command arrived at the (simulated) robot -> the actuators follow it"),
     StageInfo("sensor_to_motion", "SENSOR TRUE > MOVED", "newest packet's values were true -> the actuators follow"),
@@ -168,7 +172,8 @@ def stage_samples(robot: Spans, learner: Spans | None = None, *, offset_ns: int 
     found["step_to_memory"] = learning.durations_ms(Stage.STORED)
     found["step_to_learned"] = _learned(learning)
     own, until = _commands(robot)
-    found["deadline_to_wire"] = _ms(np.array([end_ns - start_ns for start_ns, end_ns in until.values()], np.int64))
+    acting = until.keys() & robot.by_index(Stage.SENSOR_AGE).keys()  # a reset's commands take no time, and are many
+    found["deadline_to_wire"] = _ms(np.array([until[i][1] - until[i][0] for i in sorted(acting)], np.int64))
     found |= _cycles(robot, own)
     return {info.name: found.get(info.name, np.zeros(0)) for info in STAGES} | {AGREEMENT: found[AGREEMENT]}
 

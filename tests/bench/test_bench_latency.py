@@ -67,6 +67,7 @@ if arguments[0] == "robot":
                 line |= {"link.uplink_bytes": 1000 * number, "link.downlink_bytes": 0}
             deadline_ns = began_ns + 20 * number * ms
             span(1, number, deadline_ns, deadline_ns + ms // 2)  # LATENESS
+            span(5, number, deadline_ns - 4 * ms, deadline_ns)  # SENSOR_AGE
             span(4, number, deadline_ns, deadline_ns + 4 * ms)  # ACT
             span(22, 1, began_ns, deadline_ns + 4 * ms)  # POLICY_AGE
             if mode == "local-only":

@@ -30,7 +30,10 @@ def make_run(folder, *spans, **run):
     return folder
 
 
-CYCLE = ((Stage.LATENESS, 1, 1000, 1001), (Stage.ACT, 1, 1000, 1005), (Stage.SENTINEL, 9, 990, 991))
+CYCLE = (
+    *((Stage.SENSOR_AGE, 1, 996, 1001), (Stage.FRAME_AGE, 1, 995, 1001), (Stage.SENTINEL, 9, 990, 991)),
+    *((Stage.LATENESS, 1, 1000, 1001), (Stage.OBSERVE, 1, 1001, 1002), (Stage.ACT, 1, 1000, 1005)),
+)
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_the_trace_has_every_span_on_one_clock(remote):
 def test_the_trace_is_written_as_json(local, tmp_path, capsys):
     path = tmp_path / "trace.json"
     assert cli.run(["bench", "report", str(local), "--trace", str(path)]) == 0
-    assert sum(event["ph"] == "X" for event in json.loads(path.read_text())["traceEvents"]) == 4
+    assert sum(event["ph"] == "X" for event in json.loads(path.read_text())["traceEvents"]) == 7
     assert cli.run(["bench", "report", str(local), "--trace", str(tmp_path / "no" / "trace.json")]) == EXIT_SETTINGS
     assert cli.run(["bench", "report", str(local), str(local), "--trace", str(path)]) == EXIT_SETTINGS
     assert "name one run" in capsys.readouterr().err

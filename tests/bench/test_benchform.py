@@ -197,6 +197,18 @@ def page_for(names) -> str:
     return "".join(f"# {name}\n<!-- bench:{name} -->\n<!-- /bench:{name} -->\n" for name in names)
 
 
+MODE = {
+    "stages": {"deadline_to_wire": {"p50": 5.0, "p99": 9.5}, "uplink": None},
+    "policy_lag": None,
+    "overruns_not_shared": 0,
+    "late_actions": 2,
+    "cycle_left": 0.6,
+    "updates_per_s": 7.0,
+    "uplink_bytes_per_s": 1.7e6,
+    "downlink_bytes_per_s": None,
+}
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Stands in for the commands; one that is called `broken` fails."""
@@ -206,7 +218,10 @@ def calls(monkeypatch):
         made.append(list(arguments))
         if arguments[1] == "replay":
             return Ended(exit_code=3, document=None, complaint="")
-        return Ended(exit_code=EXIT_OK, document=found(arguments[1]).document(arguments), complaint="")
+        document = found(arguments[1]).document(arguments)
+        if arguments[1] == "latency":
+            document = {**document, "modes": {"local-only": MODE}, "advice": "Use it."}
+        return Ended(exit_code=EXIT_OK, document=document, complaint="")
 
     monkeypatch.setattr(everything, "run_relod", lambda arguments, shown: run(arguments))
     return made
@@ -226,7 +241,11 @@ def test_all_runs_every_benchmark_and_rewrites_the_tables_of_those_that_succeed(
     assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in measured}
     text = page.read_text()
     assert "# replay\n<!-- bench:replay -->\n<!-- /bench:replay -->\n" in text
-    assert text.count("a-series-with-a-long-name, ms") == len(measured & set(TABLES))
+    assert text.count("a-series-with-a-long-name, ms") == len(measured & set(TABLES)) - 1
+    assert "| deadline > wire | 5.00 / 9.50 |" in text
+    assert "| up, down, MB/s | 1.70 |" in text
+    assert "uplink |" not in text  # a stage that no mode has
+    assert "Use it." in text
 
 
 def test_all_in_its_usual_form(calls):

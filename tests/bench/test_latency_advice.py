@@ -17,7 +17,7 @@ def advice(*modes, link=None, learner=None):
 def test_the_one_that_learns_fastest_is_advised():
     said = advice(LOCAL, NEAR | {"policy_age_ms": 400.0}, learner="ws://strong:8765")
     assert said.startswith(
-        "Use remote-local on this machine with ws://strong:8765: it kept every deadline of 45 ms with 81 % of the "
+        "Use remote-local on this machine, with ws://strong:8765: it kept every deadline of 45 ms with 81 % of the "
         "cycle left at the 99th percentile, learned with 24.6 updates/s and acted by policies 0.4 s old."
     )
     assert "local-only kept its deadlines too" in said

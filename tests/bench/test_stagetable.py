@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,8 @@ def test_what_nobody_has_is_left_out():
     assert write.split() == ["command", ">", "wire", "0.50/0.50", "█", "-"]
     assert overruns.split() == ["overruns", "0", "12"]
     assert overruns.index("12") + 2 == uplink.index("3.00/3.00") + 9  # under each other, by their right end
+
+
+def test_the_manual_explains_every_stage():
+    manual = (Path(__file__).parents[2] / "docs" / "timing.md").read_text()
+    assert [info.name for info in STAGES if f"| `{info.name}` |" not in manual] == []
