@@ -120,6 +120,85 @@ def test_an_update_trains_the_encoder_through_the_critics():
     assert all(torch.equal(a, b) for a, b in zip(head, learner._policy.head.parameters(), strict=True))
 
 
+def reference_gradients(learner, batch: Batch, settings: SacSettings) -> dict[str, torch.Tensor]:
+    """Of critic, actor and entropy losses for one minibatch, written down once more, in float64."""
+    policy, generator = learner._policy, learner._generator
+    weights = {name: value.detach().double().requires_grad_() for name, value in policy.named_parameters()}
+    critics = [
+        [(m.weight[n].detach().double().requires_grad_(), m.bias[n].detach().double().requires_grad_()) for m in layers]
+        for layers in [[layer for layer in learner._critic.layers if hasattr(layer, "weight")]]
+        for n in range(2)
+    ]
+    alpha = learner._log_alpha.detach().double().exp()
+    grid = policy.encoder.grid.double()
+
+    def see(images, proprio):
+        pixels = torch.from_numpy(images).permute(0, 1, 4, 2, 3).flatten(1, 2).double() / 255 - 0.5
+        first = torch.nn.functional.conv2d(pixels, weights["encoder.first.weight"], weights["encoder.first.bias"], 2)
+        rest = (weights["encoder.rest.0.weight"], weights["encoder.rest.0.bias"])
+        maps = torch.nn.functional.conv2d(first.relu(), *rest)
+        place = torch.einsum("bcp,gp->bcg", maps.flatten(2).softmax(-1), grid).flatten(1)
+        return torch.cat([place, torch.tanh(maps.amax((2, 3)) / 4), torch.from_numpy(proprio).double()], -1)
+
+    def act(features):
+        hidden = (features @ weights["head.0.weight"].T + weights["head.0.bias"]).relu()
+        hidden = (hidden @ weights["head.2.weight"].T + weights["head.2.bias"]).relu()
+        mean, raw = (hidden @ weights["head.4.weight"].T + weights["head.4.bias"]).chunk(2, -1)
+        log_std = settings.log_std_min + (settings.log_std_max - settings.log_std_min) * (raw.tanh() + 1) / 2
+        drawn = mean + log_std.exp() * torch.randn(mean.shape, generator=generator).double()
+        density = torch.distributions.Normal(mean, log_std.exp()).log_prob(drawn) - torch.log1p(-(drawn.tanh() ** 2))
+        return drawn.tanh(), density.sum(-1)
+
+    def value(features, actions):
+        found = []
+        for layers in critics:
+            x = torch.cat([features, actions], -1)
+            for number, (weight, bias) in enumerate(layers):
+                x = x @ weight + bias
+                x = x.relu() if number < len(layers) - 1 else x
+            found.append(x.squeeze(-1))
+        return torch.stack(found)
+
+    with torch.no_grad():  # targets are copies still
+        seen = see(batch.next_images, batch.next_proprio)
+        actions, density = act(seen)
+        backed_up = value(seen, actions).amin(0) - alpha * density
+        target = torch.from_numpy(batch.rewards) + torch.from_numpy(batch.discounts) * backed_up
+    features = see(batch.images, batch.proprio)
+    errors = value(features, torch.from_numpy(batch.actions).double()) - target
+    encoder = {name: weight for name, weight in weights.items() if name.startswith("encoder")}
+    of_critics = [tensor for layers in critics for pair in layers for tensor in pair]
+    found = torch.autograd.grad((errors**2).sum(0).mean(), [*encoder.values(), *of_critics])
+    gradients = dict(zip(encoder, found, strict=False))
+    stacked = found[len(encoder) :]
+    gradients |= {f"critic {n}": torch.stack([stacked[n], stacked[n + 6]]) for n in range(6)}
+    features = features.detach()
+    actions, density = act(features)
+    head = {name: weight for name, weight in weights.items() if name.startswith("head")}
+    actor_loss = (alpha * density - value(features, actions).amin(0)).mean()
+    gradients |= dict(zip(head, torch.autograd.grad(actor_loss, list(head.values())), strict=True))
+    gradients["log_alpha"] = alpha * (-density.mean() - 2 * settings.entropy_per_action)
+    return gradients
+
+
+def test_gradients_are_those_of_the_losses_written_down_once_more():
+    changes = {"augment": "none", "layer_norm": False, "grad_clip": 0.0, "backup_entropy": True, "initial_std": 0.0}
+    learner, twin = make_learner(**changes), make_learner(**changes)
+    batch = make_batch(16)
+    for optimizer in learner._optimizers.values():
+        optimizer.step = lambda: None  # leave the weights; the gradients stay
+    learner.update(batch)
+    found = {name: parameter.grad for name, parameter in learner._policy.named_parameters()}
+    critic = [layer for layer in learner._critic.layers if hasattr(layer, "weight")]
+    of_critic = [tensor.grad for layer in critic for tensor in (layer.weight, layer.bias)]
+    found |= {f"critic {n}": gradient for n, gradient in enumerate(of_critic)} | {"log_alpha": learner._log_alpha.grad}
+    expected = reference_gradients(twin, batch, make_settings(**changes))
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name].double(), gradient.detach(), rtol=1e-3, atol=1e-6), name
+        assert gradient.abs().max() > 1e-4, name
+
+
 @pytest.mark.parametrize("target_encoder", [False, True])
 def test_targets_follow_by_their_share(target_encoder):
     learner = make_learner(target_encoder=target_encoder, critic_tau=0.1, encoder_tau=0.5)
