@@ -8,7 +8,6 @@ machine's own. Raw samples come from the spans that every run keeps.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import StartError, error_with_code
 from ..robots import registry
-from ..runtime.clock import NS_PER_MS
+from ..runtime.spans import Stage
+from ..runtime.timing import Spans
 from .children import run_relod
 from .form import Findings, Series, number, percentiles, positive, ratio
 
@@ -34,11 +33,9 @@ LOADS: dict[str, tuple[str, ...]] = {
     "idle": ("learner.max_updates_per_s=0.0001",),
     "load": ("agent.max_updates_per_step=1000",),
 }
-STAGES = {"sentinel": "sentinel", "loop": "lateness", "act": "act"}  # of a series, as spans.json calls it
+STAGES = {"sentinel": Stage.SENTINEL, "loop": Stage.LATENESS, "act": Stage.ACT}  # of a series
 LONGER = "the worker gets what time other programs leave: measure for longer with --seconds, or when less is going on"
 SLICES = 10  # of a run, for the spread of its ratio
-
-Spans = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +60,7 @@ def measure_control(request: ControlRequest) -> Findings:
     for load in LOADS:
         print(f"relod: control, {load}: {request.seconds:g} s of experience", file=sys.stderr)
         runs[load], spans = _run(request, load)
-        found = late_ms(spans, int(spans["update"]["end_ns"][0]))
+        found = late_ms(spans, int(spans.of(Stage.UPDATE)["end_ns"][0]))
         samples |= {f"{name}-{load}": Series(values=values) for name, values in found.items()}
         ratios[f"loop-{load}"] = ratio_to_sentinel(found["loop"], found["sentinel"], f"sentinel-{load}")
     return Findings(
@@ -77,7 +74,7 @@ def measure_control(request: ControlRequest) -> Findings:
     )
 
 
-def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, Spans]]:
+def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], Spans]:
     """What a run printed, and its spans by stage."""
     with tempfile.TemporaryDirectory(prefix="relod-bench-") as folder:
         settings = (*ALWAYS, *LOADS[load], *request.assignments, f"run.folder={folder}")
@@ -87,8 +84,8 @@ def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, 
         if ended.document is None or not ended.good:
             raise error_with_code(ended.exit_code, f"the run with the loop {load} failed: {ended.complaint}")
         told = ended.document
-        spans = read_spans(Path(told["run_dir"]))
-    if not len(spans["update"]):
+        spans = Spans.read(Path(told["run_dir"]))
+    if not len(spans.of(Stage.UPDATE)):
         raise StartError(f"no update in {request.seconds:g} s", LONGER)
     told["updates_per_s"] = round(told["updates"] / told["wall_s"], 2)
     kept = ("updates", "updates_per_s", "cycles", "overruns", "overruns_not_shared", "late_actions", "steps", "wall_s")
@@ -96,20 +93,11 @@ def _run(request: ControlRequest, load: str) -> tuple[dict[str, Any], dict[str, 
     return {name: told[name] for name in (*kept, "cpu_cores", "algorithm", "preset", *figures)}, spans
 
 
-def read_spans(run: Path) -> dict[str, Spans]:
-    """A run's spans by the stage's name, each in the order of time."""
-    header = json.loads((run / "spans.json").read_text())
-    spans = np.fromfile(run / "spans.bin", np.dtype([tuple(field) for field in header["dtype"]]))
-    spans = spans[np.argsort(spans["start_ns"], kind="stable")]
-    return {name: spans[spans["stage"] == number] for name, number in header["stages"].items()}
-
-
-def late_ms(spans: Mapping[str, Spans], from_ns: int) -> dict[str, list[float]]:
+def late_ms(spans: Spans, from_ns: int) -> dict[str, list[float]]:
     """Milliseconds of every span from `from_ns` on, by series."""
     found = {}
     for name, stage in STAGES.items():
-        kept = spans[stage][spans[stage]["start_ns"] >= from_ns]
-        found[name] = [float(each) for each in (kept["end_ns"] - kept["start_ns"]) / NS_PER_MS]
+        found[name] = spans.after(from_ns).durations_ms(stage).tolist()
         if len(found[name]) < SLICES:
             raise StartError(f"only {len(found[name])} samples of {name} after the first update", LONGER)
     return found

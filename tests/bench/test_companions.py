@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ import pytest
 
 from relod.bench import children
 from relod.bench.children import run_relod
-from relod.bench.control import late_ms, ratio_to_sentinel, read_spans
+from relod.bench.control import late_ms, ratio_to_sentinel
 from relod.bench.linkecho import Hall, create_spec
 from relod.bench.transport import experience_bytes, new_frames
 from relod.errors import EXIT_OK, StartError
+from relod.runtime.spans import SPAN, Stage
+from relod.runtime.timing import Spans
 from tests.commands import relod
 
 PERCENTILES = ["p50", "p90", "p99", "p999", "max"]
@@ -41,17 +44,21 @@ def test_each_frame_is_sent_once_so_experience_takes_less_than_whole_stacks():
     assert 2.0 < told["whole_stacks_bytes_per_s"] / told["relod_bytes_per_s"] < 2.5
 
 
-def spans_of(stages: dict[str, list[tuple[int, int]]]) -> dict[str, np.ndarray]:
-    kind = np.dtype([("start_ns", "<i8"), ("end_ns", "<i8")])
-    return {name: np.array(spans, kind) for name, spans in stages.items()}
+def spans_of(each: list[tuple[int, int]]) -> Spans:
+    """The same times for every stage that is looked at."""
+    stages = (Stage.LATENESS, Stage.SENTINEL, Stage.ACT)
+    rows = np.zeros(len(stages) * len(each), SPAN)
+    for row, (stage, (start_ns, end_ns)) in zip(rows, itertools.product(stages, each), strict=True):
+        row["stage"], row["start_ns"], row["end_ns"] = stage, start_ns, end_ns
+    return Spans(rows)
 
 
 def test_lateness_counts_from_the_first_update_on():
     each = [(n * 1000, n * 1000 + n * 1_000_000) for n in range(20)]
-    found = late_ms(spans_of(dict.fromkeys(("lateness", "sentinel", "act"), each)), from_ns=5_000)
+    found = late_ms(spans_of(each), from_ns=5_000)
     assert found["loop"] == found["act"] == found["sentinel"] == [float(n) for n in range(5, 20)]
     with pytest.raises(StartError, match="only 1 samples of sentinel after the first update; "):
-        late_ms(spans_of(dict.fromkeys(("lateness", "sentinel", "act"), each)), from_ns=19_000)
+        late_ms(spans_of(each), from_ns=19_000)
 
 
 def test_a_loop_is_compared_with_the_sentinel_of_the_same_moments():
@@ -59,16 +66,6 @@ def test_a_loop_is_compared_with_the_sentinel_of_the_same_moments():
     loop = [2.0] * 20 + [20.0] * 20
     found = ratio_to_sentinel(loop, sentinel, "sentinel-load")
     assert found == {"to": "sentinel-load", "median": 2.0, "p10": 2.0, "p90": 2.0, "p99": 2.0}
-
-
-def test_spans_are_read_by_stage_and_in_order(tmp_path):
-    header = {"dtype": [["stage", "<u8"], ["start_ns", "<i8"], ["end_ns", "<i8"]], "stages": {"act": 4, "update": 8}}
-    (tmp_path / "spans.json").write_text(json.dumps(header))
-    rows = np.array([(4, 30, 31), (8, 20, 29), (4, 10, 12)], np.dtype([tuple(each) for each in header["dtype"]]))
-    (tmp_path / "spans.bin").write_bytes(rows.tobytes())
-    spans = read_spans(tmp_path)
-    assert spans["act"]["start_ns"].tolist() == [10, 30]
-    assert spans["update"]["end_ns"].tolist() == [29]
 
 
 # -- children ----------------------------------------------------------------------------------------------------------
