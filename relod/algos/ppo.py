@@ -47,9 +47,6 @@ class PpoSettings(Section, frozen=True):
     gamma: Annotated[float, Meta(gt=0, le=1, description="discount per action cycle")] = 0.99
     gae_lambda: Annotated[Share, Meta(description="decay of the advantage estimate (GAE, arXiv 1506.02438)")] = 0.95
     clip: Annotated[float, Meta(gt=0, lt=1, description="how far the ratio of probabilities may gainfully go")] = 0.2
-    # Passes of the policy are few, as its divergence is bounded; an encoder from scratch needs many. As in PPG
-    # (arXiv 2009.04416), further ones go on with value and encoder, and hold the policy where it is.
-    value_epochs: Annotated[int, Meta(ge=0, le=1000, description="further passes that hold the policy")] = 6
     target_kl: Annotated[float, Meta(ge=0, description="divergence after which a rollout is done; 0 = never")] = 0.02
     value_weight: Annotated[Positive, Meta(description="of the value's loss, which is half a squared error")] = 1.0
     entropy_weight: Annotated[float, Meta(ge=0, description="of an entropy bonus")] = 0.0
@@ -96,7 +93,6 @@ PAPER: RawSettings = {
         "gae_lambda": 0.97,
         "clip": 0.2,
         "target_kl": 0.0,
-        "value_epochs": 0,
         "augment": "crop",
         "regularise": 0.0,
         "augment_ratio": True,
@@ -278,7 +274,6 @@ class PpoLearner:
                 sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
             if settings.target_kl > 0 and np.mean(divergences) > KL_SLACK * settings.target_kl:
                 break
-        self._go_on_with_the_value(batch, targets)
         self._newest = {name: value / done for name, value in sums.items()} | {
             "explained_variance": explained,
             "epochs": float(epochs),
@@ -323,32 +318,6 @@ class PpoLearner:
             "clipped": ((ratio - 1).abs() > settings.clip).float().mean(),
         }
         return {name: float(value.detach()) for name, value in found.items()}
-
-    def _go_on_with_the_value(self, batch: Rollout, targets: FloatArray) -> None:
-        """Passes of value and encoder over augmented views; the policy's answers to them stay what they are now."""
-        if not self._settings.value_epochs:
-            return
-        means, log_stds = self._gaussians(batch, len(targets))
-        for _ in range(self._settings.value_epochs):
-            for part in self._minibatches(len(targets)):
-                proprio, target = self._tensor(batch.proprio[part]), self._tensor(targets[part])
-                corners = self._window.offsets(self._rng, len(part)) if self._settings.augment != "none" else None
-                features = self._features(batch, part, proprio, corners)
-                value_loss = 0.5 * functional.mse_loss(self._value(features).squeeze(-1), target)
-                was = means[part], log_stds[part]
-                moved = divergence(was, self._policy.distribution(self._for_policy(features))).mean()
-                self._descend(self._settings.value_weight * value_loss + moved)
-
-    @torch.no_grad()
-    def _gaussians(self, batch: Rollout, steps: int) -> Gaussian:
-        """The policy's, for the centre views of the first `steps` observations: `(T, A)` each."""
-        found = []
-        for start in range(0, steps, VALUES_AT_ONCE):
-            part = np.arange(start, min(start + VALUES_AT_ONCE, steps))
-            found.append(
-                self._policy.distribution(self._features(batch, part, self._tensor(batch.proprio[part]), None))
-            )
-        return torch.cat([mean for mean, _ in found]), torch.cat([log_std for _, log_std in found])
 
     def _descend(self, loss: Tensor) -> None:
         """One step of the optimiser."""

@@ -200,7 +200,6 @@ def test_the_gradient_is_that_of_the_loss_written_down_once_more():
     settings = make_settings(
         minibatch=100,
         epochs=1,
-        value_epochs=0,
         regularise=0.0,
         grad_clip=0.0,
         scale_rewards=False,
@@ -245,23 +244,6 @@ def test_every_step_is_used_once_an_epoch():
     parts = list(learner._minibatches(30))
     assert sorted(np.concatenate(parts).tolist()) == list(range(30))
     assert {len(part) for part in parts} == {7, 8}
-
-
-def test_further_passes_teach_the_value_and_hold_the_policy():
-    learners = [make_learner(make_settings(value_epochs=epochs, epochs=1, target_kl=1e-9)) for epochs in (0, 30)]
-    rollout = make_rollout(learners[0], (40, 40), seed=3)
-    errors, policies = [], []
-    for learner in learners:
-        learner.update(rollout)
-        values = learner._values(rollout)
-        gains = advantages(
-            rollout.rewards * learner._reward_scale(rollout), values, rollout.successors(), rollout.terminated,
-            rollout.ends, gamma=0.99, gae_lambda=1.0,
-        )  # fmt: skip
-        errors.append(float(np.square(gains).mean()))
-        policies.append(learner._gaussians(rollout, 80))
-    assert errors[1] < 0.9 * errors[0]
-    assert divergence(policies[0], policies[1]).mean() < 0.05
 
 
 def test_it_learns_which_action_pays():
