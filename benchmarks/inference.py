@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from relod.algos.agent import FixedPolicy, TorchActor, find_algorithm
+from relod.algos.agent import FixedPolicy, TorchActor
+from relod.algos.checked import find_algorithm
 from relod.algos.inference import Plans
 from relod.algos.nets import CENTRE, soft_argmax
 from relod.algos.ppo import PpoPolicy, log_density

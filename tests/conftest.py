@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 
+# A shell has its background jobs ignore Ctrl-C, and with them all that they start: tests that send it would wait.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 for _name in [name for name in os.environ if name.startswith("RELOD_")]:
