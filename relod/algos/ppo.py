@@ -38,7 +38,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class PpoSettings(Section, frozen=True):
     """Settings of PPO; the defaults are the preset `ppo`."""
 
-    # Long rollouts are what makes PPO slow at the sample counts a robot has: docs/algos/ppo.md.
+    # The published runs take 4,096, a tenth of what a robot has time for; docs/algos/experiments.md tells what was tried.
     rollout_steps: Annotated[
         int, Meta(ge=1, description="steps of whole episodes by one policy, at least, before an update")
     ] = 1000
