@@ -38,7 +38,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class PpoSettings(Section, frozen=True):
     """Settings of PPO; the defaults are the preset `ppo`."""
 
-    # The published runs take 4,096, a tenth of what a robot has time for; docs/algos/experiments.md tells what was tried.
+    # The published runs take 4,096, a tenth of what a robot has time for. What was tried: docs/algos/experiments.md.
     rollout_steps: Annotated[
         int, Meta(ge=1, description="steps of whole episodes by one policy, at least, before an update")
     ] = 1000
