@@ -74,7 +74,7 @@ def raised(error: BaseException) -> str:
 
 
 class Watch:
-    """How long calls into packages took since `restart`, by the clock `now`; the default one stands still."""
+    """When calls into packages were made since `restart`, by the clock `now`; the default one stands still."""
 
     def __init__(self, now: Callable[[], int] = lambda: 0) -> None:
         self.now = now
@@ -83,11 +83,13 @@ class Watch:
     def restart(self) -> None:
         """Forget what was."""
         self.longest_ns, self.longest = 0, ""
+        self.calls: dict[str, tuple[int, int]] = {}  # beginning and end of the newest call, by who was called
 
-    def note(self, who: str, took_ns: int) -> None:
+    def note(self, who: str, start_ns: int, end_ns: int) -> None:
         """A call that has ended."""
-        if took_ns > self.longest_ns:
-            self.longest_ns, self.longest = took_ns, who
+        self.calls[who] = start_ns, end_ns
+        if end_ns - start_ns > self.longest_ns:
+            self.longest_ns, self.longest = end_ns - start_ns, who
 
 
 class calling:
@@ -114,7 +116,7 @@ class calling:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self._watch is not None:
-            self._watch.note(self._who, self._watch.now() - self._start_ns)
+            self._watch.note(self._who, self._start_ns, self._watch.now())
         if not isinstance(error, Exception) or isinstance(error, RelodError):
             return
         if self._passing is None or not isinstance(error, self._passing):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from relod.config import SafetySettings
+from relod.packages import Watch
 from relod.robots.limits import symmetric
 from relod.runtime.clock import NS_PER_MS, NS_PER_S
 from relod.runtime.cycle import Cycle, Inputs, Tick
@@ -149,6 +150,7 @@ class Bench:
         *,
         max_steps: int = 0,
         safety: SafetySettings | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.task, self.actor = task or FakeTask(), actor or ScriptedActor()
         self.cycle = Cycle(
@@ -158,6 +160,7 @@ class Bench:
             rng=np.random.default_rng(0),
             shrink=lambda image: image,
             max_steps=max_steps,
+            watch=watch,
         )
         self.senses = Senses(self.task.spec)
         self.now_ns = NS_PER_S

@@ -9,7 +9,16 @@ import torch
 
 from relod.algos.checked import rehearse_learner, rehearse_policy
 from relod.config import load
-from relod.errors import EXIT_LINK, EXIT_SAFETY, EXIT_SETTINGS, EXIT_START, PackageError, RelodError, SettingsError
+from relod.errors import (
+    EXIT_LINK,
+    EXIT_OK,
+    EXIT_SAFETY,
+    EXIT_SETTINGS,
+    EXIT_START,
+    PackageError,
+    RelodError,
+    SettingsError,
+)
 from relod.robots import registry
 from relod.runtime.modes import run_robot
 from relod.runtime.stack import parse_place
@@ -258,6 +267,15 @@ def test_an_actor_at_fault_in_mid_motion_leaves_the_robot_standing(tmp_path, fau
         log = world.stop()
     assert any(abs(record["left_mm_s"]) > 50 for record in log), "it never moved"
     stood_after_ms(log, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_actor_that_takes_longer_than_a_cycle_is_named(tmp_path, faulty) -> None:
+    slow = ("--task", "track", "--algo", "tests.faulty:act_slow_late", "--steps", "90", *WALL)
+    with robot(tmp_path, *slow, quick=()) as command:
+        assert command.wait() == EXIT_OK, command.messages()
+        assert "control: tests.faulty.Policy.forward took " in command.messages()
 
 
 @pytest.mark.slow

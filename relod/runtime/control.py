@@ -22,7 +22,7 @@ from ..config import SafetySettings
 from ..errors import SafetyStop
 from ..packages import Watch
 from ..seeds import random_stream
-from ..types import Action, Actor, Command, Frame, Observation, Task
+from ..types import Actor, Command, Frame, Observation, Task
 from .channel import Channel, Event, Ready, Report
 from .clock import NS_PER_MS, NS_PER_S, DeadlineTimer, Ticker, monotonic_ns
 from .cycle import Cycle, Inputs, Phase, Tick
@@ -92,7 +92,6 @@ class _Control:
         self._task = job.build_task()
         self._host = job.build_actor()
         spec = self._task.spec
-        self._actor = _TimedActor(self._host.actor)
         self._watch = Watch(monotonic_ns)
         self._failure: SafetyStop | None = None  # in an answer, between two cycles
         self._slow = 0  # cycles in which task and actor took longer than one
@@ -100,7 +99,7 @@ class _Control:
         self._cycle = Cycle(
             watch=self._watch,
             task=self._task,
-            actor=self._actor,
+            actor=self._host.actor,
             safety=job.safety,
             rng=random_stream(job.seed, job.start.stream("reset")),
             shrink=make_look(job.codec, job.jpeg_quality, image_hw=spec.image_hw),
@@ -182,7 +181,7 @@ class _Control:
         self._spans.add(Stage.DECIDE, index, sensed_ns, decided_ns)
         self._note_slow(decided_ns)
         # From here on the robot has its command; the rest is slack.
-        self._stamp(index, start_ns, inputs)
+        self._stamp(index, start_ns, inputs, tick)
         self._send(start_ns, inputs, tick, version)
         between = self._job.policy_sync == "step" or tick.phase is not Phase.RUNNING
         if between and self._host.poll():
@@ -255,9 +254,10 @@ class _Control:
             request_id=self._request_id,
         )
 
-    def _stamp(self, index: int, start_ns: int, inputs: Inputs) -> None:
-        if (asked := self._actor.take()) is not None:
-            self._spans.add(Stage.INFERENCE, index, *asked)
+    def _stamp(self, index: int, start_ns: int, inputs: Inputs, tick: Tick) -> None:
+        inference = self._watch.calls.get(self._cycle.actor_name)
+        if inference is not None and tick.asked is None:  # else it only took the question
+            self._spans.add(Stage.INFERENCE, index, *inference)
         if self._cycle.phase is not Phase.RUNNING:
             return
         newest = inputs.frames[-1]
@@ -337,26 +337,6 @@ class _Control:
         if inputs is not None and inputs.frames:
             values["frame_age_ms"] = (monotonic_ns() - inputs.frames[-1].captured_ns) / NS_PER_MS
         self._channel.send(Report(values))
-
-
-class _TimedActor:
-    """An actor that remembers when it was asked last, and when it had answered."""
-
-    def __init__(self, actor: Actor) -> None:
-        self._actor = actor
-        self._asked: tuple[int, int] | None = None
-
-    def act(self, observation: Observation) -> Action | None:
-        asked_ns = monotonic_ns()
-        action = self._actor.act(observation)
-        if action is not None:
-            self._asked = asked_ns, monotonic_ns()
-        return action
-
-    def take(self) -> tuple[int, int] | None:
-        """Both stamps, once."""
-        asked, self._asked = self._asked, None
-        return asked
 
 
 def _record(now_ns: int, inputs: Inputs, tick: Tick, version: tuple[int, int]) -> CycleRecord:

@@ -165,6 +165,11 @@ class Cycle:
         """What the task shows of the robot."""
         return self._task.status(window)
 
+    @property
+    def actor_name(self) -> str:
+        """By which `watch` knows the actor."""
+        return getattr(self._actor, "name", "the actor")
+
     def cut(self, reason: str) -> Tick:
         """End the episode now, and go on with a reset; the step in flight has no outcome and is dropped."""
         end = self._close(self._observation, terminated=False, success=False, reason=reason)
@@ -239,7 +244,7 @@ class Cycle:
     def _act(self, observation: Observation, step: Step | None = None) -> Tick:
         """Ask the actor. Until a later answer comes the action stays as it is."""
         self._observation, self._acted_ns = observation, observation.now_ns
-        with calling(getattr(self._actor, "name", "the actor"), watch=self._watch):
+        with calling(self.actor_name, watch=self._watch):
             action = self._actor.act(observation)
         if action is None:
             return Tick(command=self._hold(), phase=Phase.RUNNING, step=step, asked=observation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from relod.config import SafetySettings
 from relod.errors import SafetyStop
+from relod.packages import Watch
 from relod.robots.limits import Limits
 from relod.runtime.clock import NS_PER_MS
 from relod.runtime.cycle import Phase, Tick
@@ -516,3 +518,17 @@ def test_two_answers_in_a_cycle_slew_from_where_the_cycle_began():
     bench.tick()
     assert bench.answer(1.0, asked=-2).values == (10.0,)
     assert bench.answer(1.0).values == (10.0,)
+
+
+def test_a_watch_knows_the_actor_by_its_name_and_when_it_was_asked():
+    class Named(ScriptedActor):
+        name = "package.Policy.forward"
+
+    for actor, name in ((Named(), "package.Policy.forward"), (ScriptedActor(), "the actor")):
+        watch = Watch(itertools.count(1000, 7).__next__)
+        bench = running(Bench(actor=actor, watch=watch))
+        start_ns, end_ns = watch.calls[name]
+        assert bench.cycle.actor_name == name
+        assert end_ns - start_ns == 7
+        watch.restart()
+        assert not watch.calls
