@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from ..errors import EXIT_OK, EXIT_SIGTERM, EXIT_START
 
-__all__ = ["RELOD", "Ended", "end", "run_relod", "signals_held", "terminable"]
+__all__ = ["RELOD", "Ended", "end", "last_line", "parse_document", "run_relod", "spawn", "terminable"]
 
 RELOD = (sys.executable, "-m", "relod")
 END_LIMIT_S = 75.0  # a robot may drain for 30 s, a worker may finish for 30 s
@@ -41,37 +41,52 @@ def run_relod(arguments: Sequence[str], *, shown: bool = False) -> Ended:
 
     However this call ends, the command ends before it, as with Ctrl-C, or killed with all of its session.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, signals_held() as release:
-        process = subprocess.Popen(
-            [*RELOD, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=None if shown else err,
-            start_new_session=True,
-        )
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = spawn(arguments, out, None if shown else err)
         try:
-            release()
             code = process.wait()
         finally:
             end(process)
-        return Ended(exit_code=code if code >= 0 else EXIT_START, document=_document(out), complaint=_last_line(err))
+        out.seek(0)
+        err.seek(0)
+        return Ended(
+            exit_code=code if code >= 0 else EXIT_START,
+            document=parse_document(out.read()),
+            complaint=last_line(err.read()) or "it said nothing",
+        )
 
 
-def end(process: subprocess.Popen[Any]) -> None:
-    """End a command that leads a session, as Ctrl-C does; what is left after the limit is killed."""
+def spawn(arguments: Sequence[str], out: IO[bytes], err: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    """Start a command that leads a session of its own. A signal meanwhile is raised when it has been ended again."""
+    with _signals_held() as release:
+        process = subprocess.Popen(
+            [*RELOD, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        )
+        try:
+            release()
+        except BaseException:
+            end(process)
+            raise
+    return process
+
+
+def end(process: subprocess.Popen[Any]) -> bool:
+    """End a command that leads a session, as Ctrl-C does; False where it did not within the limit, and was killed."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(END_LIMIT_S)
+        process.wait(END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return False
     finally:
         if process.poll() is None:  # not waited for yet, so its number is still its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    return True
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[Callable[[], None]]:
+def _signals_held() -> Iterator[Callable[[], None]]:
     """Let SIGINT and SIGTERM wait until what is yielded is called, or the block ends.
 
     A signal in the middle of `Popen` would leave a child that nobody knows. Only for the main thread; elsewhere no
@@ -110,15 +125,15 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _document(out: IO[bytes]) -> dict[str, Any] | None:
-    out.seek(0)
+def parse_document(printed: bytes) -> dict[str, Any] | None:
+    """The JSON that a command printed at its end; None when there is none."""
     with contextlib.suppress(ValueError):
-        found = json.loads(out.read())
+        found = json.loads(printed)
         return found if isinstance(found, dict) else None
     return None
 
 
-def _last_line(err: IO[bytes]) -> str:
-    err.seek(0)
-    lines = [line for line in err.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("relod: ") if lines else "it said nothing"
+def last_line(told: bytes) -> str:
+    """Of what a command told people; empty where it said nothing."""
+    lines = [line for line in told.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("relod: ") if lines else ""

@@ -6,23 +6,17 @@ Each runs in a session of its own, so that nothing that it starts is left behind
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import EXIT_START
+from . import children
 
 __all__ = ["Command", "Failed", "free_port", "processor_s"]
-
-RELOD = (sys.executable, "-m", "relod")
-END_LIMIT_S = 75.0  # a robot may drain for 30 s, a worker may finish for 30 s
 
 
 class Failed(Exception):
@@ -41,9 +35,7 @@ class Command:
         self._out, self._err = folder / "stdout", folder / "stderr"
         self._name = f"relod {arguments[0]}"
         with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                [*RELOD, *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
+            self.process = children.spawn(arguments, out, err)
 
     def check(self) -> None:
         """`Failed` when it is no longer running."""
@@ -52,16 +44,9 @@ class Command:
 
     def end(self) -> int:
         """Ask it to end, as Ctrl-C does, and wait; what is left after the limit is killed. Returns the exit code."""
-        try:
-            if self.process.poll() is None:
-                self.process.send_signal(signal.SIGINT)
-            return self.process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{self._name} did not end within {END_LIMIT_S:g} s of Ctrl-C", EXIT_START) from None
-        finally:
-            if self.process.poll() is None:  # not waited for yet, so its number is still its own
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+        if not children.end(self.process):
+            raise Failed(f"{self._name} did not end within {children.END_LIMIT_S:g} s of Ctrl-C", EXIT_START)
+        return self.process.wait()
 
     def close(self) -> None:
         """End it, however."""
@@ -70,15 +55,11 @@ class Command:
 
     def document(self) -> dict[str, Any] | None:
         """The JSON that it printed at its end; None when there is none."""
-        with contextlib.suppress(ValueError):
-            found = json.loads(self._out.read_bytes())
-            return found if isinstance(found, dict) else None
-        return None
+        return children.parse_document(self._out.read_bytes())
 
     def complaint(self) -> str:
         """Its last line for people."""
-        lines = [line for line in self._err.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].removeprefix("relod: ") if lines else f"{self._name} said nothing"
+        return children.last_line(self._err.read_bytes()) or f"{self._name} said nothing"
 
 
 def processor_s(commands: Mapping[str, Command | None]) -> dict[str, float]:

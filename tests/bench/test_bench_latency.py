@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from relod import cli
-from relod.bench import commands, latency
+from relod.bench import children, latency
 from relod.bench.latency import LatencyRequest, run_latency
 from relod.bench.latencyrow import FIGURES, ModeRow
 from relod.bench.latencyview import HEAD, BenchView, format_row, format_table
@@ -93,9 +93,9 @@ def calls(tmp_path, monkeypatch):
     """Runs the stand-in instead of relod; gives what was called so far."""
     script, path = tmp_path / "stand_in.py", tmp_path / "calls"
     script.write_text(STAND_IN)
-    monkeypatch.setattr(commands, "RELOD", (sys.executable, "-I", "-S", str(script)))
+    monkeypatch.setattr(children, "RELOD", (sys.executable, "-I", "-S", str(script)))
     monkeypatch.setattr(latency, "POLL_S", 0.01)
-    monkeypatch.setattr(commands, "END_LIMIT_S", 5.0)
+    monkeypatch.setattr(children, "END_LIMIT_S", 5.0)
     monkeypatch.setenv("CALLS", str(path))
     monkeypatch.setenv("HEADER", json.dumps(_spans_header()))
 
@@ -230,7 +230,7 @@ def test_the_first_failure_counts_when_all_fail(calls, monkeypatch):
 
 
 def test_what_does_not_end_is_killed(calls, monkeypatch):
-    monkeypatch.setattr(commands, "END_LIMIT_S", 0.1)
+    monkeypatch.setattr(children, "END_LIMIT_S", 0.1)
     monkeypatch.setenv("FAULTS", "stubborn")
     document, _ = run_latency(LatencyRequest(modes=("remote-only",), seconds=0.1))
     assert "did not end within 0.1 s of Ctrl-C" in document["modes"]["remote-only"]["error"]
