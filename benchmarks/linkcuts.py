@@ -80,18 +80,12 @@ async def measure(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             if robot.failure:
                 break
         driving.cancel()
-        delivered = await robot.link.close(drain=True)
-        learned, report = await way.finish(robot)
+        outcome = await way.finish(robot)
         robot.close()
     finally:
         await way.close()
     return {
-        "failure": robot.failure,
-        "delivered": delivered,
-        "audit": report.to_dict(),
-        "audit_exit_code": report.exit_code,
-        "records": {n: getattr(robot.outbox, n) for n in ("sent", "acked", "resent", "duplicates", "backlog_max")},
-        "learner_steps": learned.get("steps"),
+        **outcome,
         "back_s": percentiles(back_s),
         "samples": {"back_s": back_s},
     }

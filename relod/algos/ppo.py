@@ -309,7 +309,11 @@ class PpoLearner:
             apart = divergence(seen, self._policy.distribution(self._for_policy(other)))
             off = (value.detach() - self._value(other).squeeze(-1)).square()
             loss = loss + settings.regularise * (apart + off).mean()
-        self._descend(loss)
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if settings.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self._parameters, settings.grad_clip)
+        self._optimizer.step()
         found = {
             "policy_loss": policy_loss,
             "value_loss": value_loss,
@@ -318,14 +322,6 @@ class PpoLearner:
             "clipped": ((ratio - 1).abs() > settings.clip).float().mean(),
         }
         return {name: float(value.detach()) for name, value in found.items()}
-
-    def _descend(self, loss: Tensor) -> None:
-        """One step of the optimiser."""
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if self._settings.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self._parameters, self._settings.grad_clip)
-        self._optimizer.step()
 
     def _for_policy(self, features: Tensor) -> Tensor:
         return features if self._settings.policy_trains_encoder else features.detach()

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import StartError
 from ..runtime.clock import monotonic_ns
 from ..runtime.log.format import EncodedFrame
-from ..runtime.remote.audit import AuditReport, audit
+from ..runtime.remote.audit import audit
 from ..runtime.remote.chain import CHAIN_NAME, ChainWriter
 from ..runtime.remote.emulation import Relay
 from ..runtime.remote.linkprofile import profile_named
@@ -94,13 +94,22 @@ class CutWay:
         await asyncio.sleep(duration_s)
         return monotonic_ns()
 
-    async def finish(self, robot: ChainedRobot) -> tuple[dict[str, Any], AuditReport]:
-        """End the learner; what it printed, and whether its log holds what the robot sent."""
+    async def finish(self, robot: ChainedRobot) -> dict[str, Any]:
+        """Deliver what is left and end the learner; what became of all that was sent, as its log has it."""
+        delivered = await robot.link.close(drain=True)
         self.learner.send_signal(signal.SIGINT)
         out, _ = await asyncio.to_thread(self.learner.communicate, None, END_LIMIT_S)
         if not out.strip():
             raise StartError("the learner ended without a word", "run `relod learner` by itself to see why")
-        return json.loads(out), await asyncio.to_thread(audit, robot.folder, self.run_folder)
+        report = await asyncio.to_thread(audit, robot.folder, self.run_folder)
+        return {
+            "failure": robot.failure,
+            "delivered": delivered,
+            "audit": report.to_dict(),
+            "audit_exit_code": report.exit_code,
+            "records": {n: getattr(robot.outbox, n) for n in ("sent", "acked", "resent", "duplicates", "backlog_max")},
+            "learner_steps": json.loads(out).get("steps"),
+        }
 
     async def close(self) -> None:
         """End what is left."""

@@ -22,9 +22,9 @@ from rich.table import Table
 from ..errors import SettingsError
 from ..runtime import provenance
 from ..runtime.clock import utc_seconds
+from ..runtime.timing import PERCENTS
 
 __all__ = [
-    "PERCENTILES",
     "Findings",
     "Series",
     "check_writable",
@@ -38,7 +38,6 @@ __all__ = [
     "write_document",
 ]
 
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9, "max": 100.0}
 SHOWN = ("p50", "p90", "p99", "max")  # in the table, which has 80 columns
 DIGITS = 5  # decimals kept of a sample: 10 ns of a millisecond
 
@@ -90,7 +89,7 @@ class Findings:
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """`p50 p90 p99 p999 max` of at least one sample."""
-    return {name: round(float(np.percentile(values, percent)), DIGITS) for name, percent in PERCENTILES.items()}
+    return {name: round(float(np.percentile(values, percent)), DIGITS) for name, percent in PERCENTS.items()}
 
 
 def ratio(to: str, values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:

@@ -103,16 +103,7 @@ async def _measure(
                     samples[f"{name}-{kind}"].append(value)
             samples["greeting"].append(await _greet(url))
         driving.cancel()
-        delivered = await robot.link.close(drain=True)
-        learned, report = await way.finish(robot)
-    return samples, {
-        "failure": robot.failure,
-        "delivered": delivered,
-        "audit": report.to_dict(),
-        "audit_exit_code": report.exit_code,
-        "records": {n: getattr(robot.outbox, n) for n in ("sent", "acked", "resent", "duplicates", "backlog_max")},
-        "learner_steps": learned.get("steps"),
-    }
+        return samples, await way.finish(robot)
 
 
 async def _cut(way: CutWay, robot: ChainedRobot, kind: str, rng: random.Random) -> dict[str, float]:

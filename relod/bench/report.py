@@ -46,9 +46,8 @@ class RunTiming:
         robot = Spans.read(folder)
         if not len(robot.of(Stage.LATENESS)) and not len(robot.of(Stage.UPDATE)):
             raise StartError(f"{folder} has no cycle in real time", "virtual time has no latency; name another run")
-        summary = run.get("summary", {})
-        offset_ms = summary.get("link", summary).get("clock_offset_ms") if isinstance(summary, dict) else None
-        return cls(folder.resolve(), run, robot, _learner_of(run), round((offset_ms or 0.0) * NS_PER_MS))
+        offset_ms = run.get("summary", {}).get("clock_offset_ms") or 0.0
+        return cls(folder.resolve(), run, robot, _learner_of(run), round(offset_ms * NS_PER_MS))
 
     @property
     def title(self) -> str:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import SettingsError
-from ..runtime.timing import STAGES
-from .form import PERCENTILES, number, ratio_text
+from ..runtime.timing import PERCENTS, STAGES
+from .form import number, ratio_text
 
 __all__ = ["TABLES", "check_markers", "replace_section", "section"]
 
 
 def form_table(document: Mapping[str, Any]) -> str:
     """The table of a document of `form.Findings`: a row for each series."""
-    names = list(PERCENTILES)
+    names = list(PERCENTS)
     bases = {found["to"] for found in document["ratios"].values()}
     lines = [f"| series | {' | '.join(names)} | ratio (p10–p90) |", "|---" * (len(names) + 2) + "|"]
     for name, found in document["percentiles"].items():

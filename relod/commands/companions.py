@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,6 +41,14 @@ def _report(measure: Callable[[], Findings], as_json: bool, out: Path | None) ->
         print_json(document)
 
 
+def _rounds(benchmark: Any, given: int | None, short: bool) -> int:
+    """How many rounds to make of a module of `bench`."""
+    from ..bench.form import size_of
+
+    usual, shortest = benchmark.ROUNDS, benchmark.SHORT_ROUNDS
+    return int(size_of("--rounds", given, short=short, shortest=shortest, usual=usual))
+
+
 @app.command("transport")
 def bench_transport(
     rounds: RoundsOption = None,
@@ -52,10 +60,10 @@ def bench_transport(
 ) -> None:
     """A round trip over relod's link, beside bare websockets, TCP, pickle over TCP and ZeroMQ."""
     from ..bench import transport
-    from ..bench.form import size_of
 
-    size = size_of("--rounds", rounds, short=short, shortest=transport.SHORT_ROUNDS, usual=transport.ROUNDS)
-    request = transport.TransportRequest(rounds=int(size), exchanges=exchanges, pause_ms=pause_ms)
+    request = transport.TransportRequest(
+        rounds=_rounds(transport, rounds, short), exchanges=exchanges, pause_ms=pause_ms
+    )
     _report(lambda: transport.measure_transport(request), as_json, out)
 
 
@@ -69,10 +77,8 @@ def bench_replay(
 ) -> None:
     """A minibatch out of the shared replay, beside a pickling queue and memcpy; rates; bytes per step."""
     from ..bench import replay
-    from ..bench.form import size_of
 
-    size = size_of("--rounds", rounds, short=short, shortest=replay.SHORT_ROUNDS, usual=replay.ROUNDS)
-    request = replay.ReplayRequest(rounds=int(size), steps=steps)
+    request = replay.ReplayRequest(rounds=_rounds(replay, rounds, short), steps=steps)
     _report(lambda: replay.measure_replay(request), as_json, out)
 
 
@@ -90,11 +96,12 @@ def bench_update(
 ) -> None:
     """An update of SAC, beside the straightforward version with equal losses."""
     from ..bench import update
-    from ..bench.form import size_of
 
-    size = size_of("--rounds", rounds, short=short, shortest=update.SHORT_ROUNDS, usual=update.ROUNDS)
     request = update.UpdateRequest(
-        rounds=int(size), device=device, batch_sizes=tuple(batch_size or (64, 256)), threads=threads
+        rounds=_rounds(update, rounds, short),
+        device=device,
+        batch_sizes=tuple(batch_size or (64, 256)),
+        threads=threads,
     )
     _report(lambda: update.measure_update(request), as_json, out)
 
@@ -131,10 +138,8 @@ def bench_link(
 ) -> None:
     """Cuts of the link to a learner: time to notice, to be back, and to deliver what has piled up."""
     from ..bench import link
-    from ..bench.form import size_of
 
-    size = size_of("--rounds", rounds, short=short, shortest=link.SHORT_ROUNDS, usual=link.ROUNDS)
-    request = link.LinkRequest(rounds=int(size), seed=seed)
+    request = link.LinkRequest(rounds=_rounds(link, rounds, short), seed=seed)
     _report(lambda: link.measure_link(request), as_json, out)
 
 

@@ -21,6 +21,7 @@ from .spans import SPAN, Stage
 
 __all__ = [
     "AGREEMENT",
+    "PERCENTS",
     "STAGES",
     "Samples",
     "Spans",

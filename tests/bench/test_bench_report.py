@@ -47,7 +47,7 @@ def remote(tmp_path):
     """A run of a robot whose learner's clock is 5 s ahead."""
     learner = make_run(tmp_path / "learner", (Stage.UPDATE, 3, 6010, 6040), (Stage.STORED, 1, 6001, 6002))
     asked = ((Stage.UPLINK, 77, 1001, 1003), (Stage.INFERENCE, 77, 1003, 1004))
-    summary = {"link": {"clock_offset_ms": 5000.0}}
+    summary = {"clock_offset_ms": 5000.0}
     return make_run(
         tmp_path / "remote", *CYCLE, *asked, mode="remote-only", learner_run_dir=str(learner), summary=summary
     )
