@@ -162,7 +162,7 @@ class Progress:
     def scheduled(self, processes: dict[str, dict[str, Any]]) -> None:
         """How the kernel schedules the children, as `scheduling.described` found it."""
         self.realtime["processes"] |= processes
-        self.state.realtime = processes.get("control", {}).get("policy") == "SCHED_FIFO"
+        self.state.realtime = self.realtime["processes"].get("control", {}).get("policy") == "SCHED_FIFO"
 
     def _see_policy(self, version: tuple[int, int], acted_ns: int) -> None:
         if version == (0, 0):

@@ -210,20 +210,24 @@ def name_process(name: str) -> None:
 def described(pids: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Policy, priority and whether memory is locked, as the kernel has it, of these processes and what they started.
 
-    A child of theirs goes by the name it gave itself, without `relod-`; one that gave itself none is left out.
+    A child of theirs goes by the name it gave itself, without `relod-`; one that gave itself none is left out, and so
+    is one that has ended or is about to.
     """
     found = {}
     for name, pid in pids.items():
         for known, number in ((name, pid), *_named_children(pid)):
             with contextlib.suppress(OSError):
-                found[known] = _described(number)
+                if (process := _described(number)) is not None:
+                    found[known] = process
     return found
 
 
-def _described(pid: int) -> dict[str, Any]:
+def _described(pid: int) -> dict[str, Any] | None:
     policy = os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK
     status = Path(f"/proc/{pid}/status").read_text()
-    locked_kib = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmLck:")), 0)
+    locked_kib = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmLck:")), None)
+    if locked_kib is None:  # it has given its memory back, and waits to be waited for
+        return None
     return {
         "policy": _POLICIES.get(policy, str(policy)),
         "priority": os.sched_getparam(pid).sched_priority,

@@ -128,6 +128,15 @@ def test_a_process_has_the_priority_of_its_role_and_its_memory_is_locked(role):
     process.join(5)
 
 
+def test_a_process_that_has_ended_is_not_described():
+    zombie = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+    try:
+        assert described({"control": zombie}) == {}
+    finally:
+        os.waitpid(zombie, 0)
+
+
 @needs_permission
 def test_an_endless_loop_is_ended_by_the_kernel():
     process, _wire = _start(_spin_as_control)
