@@ -1,5 +1,5 @@
 """relod's way of `relod bench transport`: RobotLink and LearnerServer, whole, with a learner behind that answers at
-once, or from another thread, as inference does."""
+once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import contextlib
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ def create_spec() -> TaskSpec:
 class Hall:
     """A learner that lets everyone in and answers at once, with nothing."""
 
-    def __init__(self, *, thread: bool) -> None:
-        self._thread = ThreadPoolExecutor(1) if thread else None
+    def __init__(self) -> None:
         self._action = np.zeros(2, np.float32), np.zeros(ACTION_BYTES // 4 - 2, np.float32), (1, 1)
 
     def admit(self, join: wire.Join) -> Admission:
@@ -63,18 +61,16 @@ class Hall:
     def record(self, *_: object) -> None:
         raise NotImplementedError("only questions are asked here")
 
-    async def act(self, *_: object) -> tuple[Any, Any, tuple[int, int]]:
-        if self._thread is None:
-            return self._action
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._action)
+    def act(self, *_: object) -> tuple[Any, Any, tuple[int, int]]:
+        return self._action
 
     def left(self, *_: object) -> None:
         pass
 
 
-async def serve_relod(tell: Tell, *, thread: bool = False) -> None:
+async def serve_relod(tell: Tell) -> None:
     """Serve until this process ends."""
-    server = LearnerServer(hall=Hall(thread=thread), settings=ServerSettings(max_mib_per_s=1e6), token=None, tls=None)
+    server = LearnerServer(hall=Hall(), settings=ServerSettings(max_mib_per_s=1e6), token=None, tls=None)
     tell(await server.start("127.0.0.1", 0))
     await asyncio.Event().wait()
 

@@ -45,7 +45,6 @@ START_LIMIT_S = 60.0  # of a server: imports on a busy small machine
 
 WAYS: dict[str, tuple[Server, Client]] = {
     "relod": (serve_relod, open_relod),
-    "relod-thread": (lambda tell: serve_relod(tell, thread=True), open_relod),
     **ECHOES,
 }
 

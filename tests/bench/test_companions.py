@@ -35,7 +35,7 @@ def test_new_frames_come_as_a_camera_brings_them():
 
 def test_the_transports_learner_lets_robots_in():
     join = type("Join", (), {"robot": "a", "run": "0" * 32, "acts": "learner", "task": create_spec(), "codec": "raw"})
-    assert Hall(thread=False).admit(join).welcome.policy_size == 1
+    assert Hall().admit(join).welcome.policy_size == 1
 
 
 def test_each_frame_is_sent_once_so_experience_takes_less_than_whole_stacks():

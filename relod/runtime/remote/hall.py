@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import msgspec
@@ -94,8 +93,7 @@ class LearnerRun:
         self._segment = self.experience.log.position.segment
 
     def close(self) -> None:
-        """Close the files and end the thread that acts."""
-        self.policies.close()
+        """Close the files."""
         try:
             self.learner.close()
         finally:
@@ -232,12 +230,14 @@ class LearnerRun:
         if version[0] > newest:
             raise ValueError(f"a step by a policy of epoch {version[0]}, and the newest is {newest}")
 
-    async def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
+    def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
         """The answer to an observation."""
         actor = self._actors[admission.stream]
         actor.steps_done = self.env_steps  # the random actions of the beginning are shared by all robots
         observation = Observation(frame_ids=head.frame_ids, images=images, proprio=proprio, now_ns=head.now_ns)
-        return await self.policies.act(actor, observation)
+        asked_ns = monotonic_ns()
+        action = actor.act(observation)
+        return Acted(action.values, action.extras, action.policy_version, asked_ns, monotonic_ns())
 
     def left(self, admission: Admission) -> None:
         """A robot's connection is over; the robot may come back."""
@@ -306,23 +306,18 @@ class _Bound:
     module: nn.Module
 
 
-def _timed(actor: TorchActor, observation: Observation) -> Acted:
-    asked_ns = monotonic_ns()
-    action = actor.act(observation)
-    return Acted(action.values, action.extras, action.policy_version, asked_ns, monotonic_ns())
-
-
 class PolicyDesk:
     """The policies of a box: copied for robots that act themselves, and run here for those that do not.
 
-    All of it in one thread of its own: a box has one reader, which must hold a policy for as long as that runs.
+    Its actors answer on the loop. One inference keeps it from its other work for a millisecond, but a hand-over to a
+    thread and back costs each answer that much again: both threads want the interpreter.
     """
 
     def __init__(self, plan: LearnerPlan, box: PolicyBox) -> None:
         self._plan = plan
         self._needs = plan.algorithm.needs(plan.spec, plan.settings.agent)
         self._plans = Plans(self._needs.window.out_hw)
-        self._thread = ThreadPoolExecutor(1, "act", initializer=torch.set_num_threads, initargs=(1,))
+        torch.set_num_threads(1)  # one image at a time: more threads only wake each other up
 
         def bound(flat: FloatArray) -> _Bound:
             return _Bound(flat, bind_policy(plan.algorithm.build_actor(plan.spec, plan.settings.agent), flat))
@@ -333,42 +328,33 @@ class PolicyDesk:
 
     @property
     def module(self) -> nn.Module:
-        """The network of the newest policy; for the thread only."""
+        """The network of the newest policy that was taken."""
         return self._reader.module.module
 
     @property
     def version(self) -> tuple[int, int]:
-        """The newest policy's."""
+        """Of the newest policy that was taken."""
         return self._reader.version
 
     async def take(self) -> tuple[FloatArray, tuple[int, int]] | None:
-        """A copy of the newest policy and its version, or None when it was taken before, or there is none yet."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take)
+        """Act by the newest policy from now on: a copy and its version, or None when it was taken before.
 
-    def _take(self) -> tuple[FloatArray, tuple[int, int]] | None:
+        To be called by one task: the copy is made in a thread, and the box holds the policy until the next call.
+        """
         self._reader.poll()
         if self.version == self._taken:
             return None
-        self._taken = self.version
-        return self._reader.module.flat.copy(), self.version
+        self._taken = version = self.version
+        if self._warm:
+            self._plans.follow(self.module, version)  # now, and not when the next question is there
+        return await asyncio.to_thread(self._reader.module.flat.copy), version
 
     def actor(self, stream: str) -> TorchActor:
         """An actor with exploration noise of its own, from the random stream of that name."""
         if not self._warm:
             self._warm = True
-            self._thread.submit(self._warm_up)
+            warm_up(self._actor(np.random.default_rng(), deterministic=True), self._plan.spec)
         return self._actor(random_stream(self._plan.settings.run.seed, stream))
 
     def _actor(self, rng: np.random.Generator, *, deterministic: bool = False) -> TorchActor:
         return TorchActor(self, self._plan.spec, self._needs, rng, deterministic=deterministic, plans=self._plans)
-
-    async def act(self, actor: TorchActor, observation: Observation) -> Acted:
-        """The answer to an observation."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, _timed, actor, observation)
-
-    def close(self) -> None:
-        """Wait for what runs and end the thread."""
-        self._thread.shutdown()
-
-    def _warm_up(self) -> None:
-        warm_up(self._actor(np.random.default_rng(), deterministic=True), self._plan.spec)

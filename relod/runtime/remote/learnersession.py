@@ -186,10 +186,10 @@ class LearnerSession:
         if reason := self.learning.learner.hold():
             self._server.hold(reason)
 
-    async def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
+    def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
         """The answer to an observation."""
         assert self.learning is not None
-        return await self.learning.act(admission, images, head, proprio)
+        return self.learning.act(admission, images, head, proprio)
 
     def left(self, admission: Admission, reason: str) -> None:
         """A robot's connection is over."""

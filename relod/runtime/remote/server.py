@@ -136,8 +136,8 @@ class LearnerServer:
         await self._server.start_serving()
 
     def publish(self, values: npt.NDArray[np.float32], version: tuple[int, int]) -> None:
-        """Send a policy to every robot that acts itself, now or when it comes; `values` may change afterwards."""
-        self._unpacked = (values.copy(), version)
+        """Send a policy to every robot that acts itself, now or when it comes; the server keeps `values`."""
+        self._unpacked = values, version
         self._published.set()
 
     def tell(self, message: FromLearner, *, last: bool = False) -> None:

@@ -85,10 +85,10 @@ class Hall(Protocol):
         """
         ...
 
-    async def act(
+    def act(
         self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
     ) -> Acted | tuple[FloatArray, FloatArray, tuple[int, int]]:
-        """The answer to an observation; must not block the loop."""
+        """The answer to an observation; nothing else is served meanwhile."""
         ...
 
     def left(self, admission: Admission, reason: str) -> None:
@@ -267,7 +267,7 @@ class RobotSession:
             except ValueError as error:
                 raise WireError(f"a frame of question {head.ask}: {error}") from None
             decoded_ns = monotonic_ns()
-            acted = Acted(*await self._hall.act(self.admission, images, head, proprio))
+            acted = Acted(*self._hall.act(self.admission, images, head, proprio))
             answer = Answer(
                 ask=head.ask,
                 version=acted.version,

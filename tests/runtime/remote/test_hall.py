@@ -213,11 +213,7 @@ PROPRIO = np.zeros(1, np.float32)
 
 def ask(run, admission, count=1):
     head = Observe(ask=1, episode=0, index=0, frame_ids=(1, 2), now_ns=5)
-
-    async def answers():
-        return [await run.act(admission, IMAGES, head, PROPRIO) for _ in range(count)]
-
-    return asyncio.run(answers())
+    return [run.act(admission, IMAGES, head, PROPRIO) for _ in range(count)]
 
 
 def publish(run, version):

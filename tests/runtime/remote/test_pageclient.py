@@ -54,7 +54,7 @@ class FakeHall:
         self.records.append((message, {frame_id: bytes(frame.data) for frame_id, frame in frames.items()}))
         self.position = message.episode, message.index if isinstance(message, Step) else message.length
 
-    async def act(
+    def act(
         self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray
     ) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
         self.questions.append((head, images, proprio.copy()))

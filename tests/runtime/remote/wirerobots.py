@@ -67,11 +67,6 @@ class FakeHall:
     leavings: list[tuple[str, str]] = field(default_factory=list)
     error: Exception | None = None  # raised by the next call
     acted: list[int] = field(default_factory=list)  # questions answered
-    acting: asyncio.Event = field(default_factory=asyncio.Event)
-    may_act: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.may_act.set()
 
     def admit(self, join: wire.Join) -> Admission:
         self._trip()
@@ -92,12 +87,10 @@ class FakeHall:
         for frame_id, frame in frames.items():
             self.frames[admission.run, frame_id] = bytes(frame.data)
 
-    async def act(
+    def act(
         self, admission: Admission, images: tuple[Image, ...], head: wire.Observe, proprio: FloatArray
     ) -> tuple[FloatArray, FloatArray, tuple[int, int]]:
         self._trip()
-        self.acting.set()
-        await self.may_act.wait()
         self.acted.append(head.ask)
         return np.array([images[-1].mean()], np.float32), proprio, (1, head.ask)
 
