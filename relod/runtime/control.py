@@ -266,14 +266,15 @@ class _Control:
         self._spans.add(Stage.FRAME_ARRIVAL, index, newest.captured_ns, newest.arrived_ns)
 
     def _send(self, now_ns: int, inputs: Inputs, tick: Tick, version: tuple[int, int]) -> None:
+        if tick.asked is not None:  # first: the robot waits for the answer, and for nothing else
+            self._outbox.append(encode(self._question(tick.asked)))
+            self._drain()
         if self._job.record:
             self._outbox.append(encode(_record(now_ns, inputs, tick, version)))
         if tick.step is not None:
             self._outbox.append(encode(tick.step))
         if tick.end is not None:
             self._outbox.append(encode(tick.end))
-        if tick.asked is not None:
-            self._outbox.append(encode(self._question(tick.asked)))
         if tick.event:
             self._channel.send(Event(tick.event))
         self._drain()

@@ -193,6 +193,7 @@ class RobotHost:
         self._silent_s = dict.fromkeys(SILENCE_LIMITS_S, 0.0)  # since a child reported last
         self._silence_limits_s = SILENCE_LIMITS_S | {"control": plan.settings.safety.stall_limit_s}
         self._taken_id = start.frame_id
+        self._asked = False  # the message taken last was a question
         self._running = False  # every child is ready
         self._ended = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -431,7 +432,7 @@ class RobotHost:
             self._heard(name, values)
         self.progress.profiled(self._profile)
 
-    def _guarded(self, take: Callable[[], None]) -> None:
+    def _guarded(self, take: Callable[[], object]) -> None:
         """What goes wrong in a callback ends the run as it would in a task."""
         try:
             take()
@@ -457,16 +458,23 @@ class RobotHost:
             self.progress.frame(frame)
         self._taken_id = max(self._taken_id, newest_id)
 
-    def _take_messages(self) -> None:
-        """All messages that wait."""
+    def _take_messages(self) -> bool:
+        """The messages that wait, up to a question; False when that is all.
+
+        The call after a question takes nothing: what is sent leaves when a turn of the loop ends, and the turn after
+        this one is the link's.
+        """
+        if self._asked:
+            self._asked = False
+            return True
         while True:
             try:
                 data = self._shared.stream.recv(MAX_MESSAGE_BYTES)
             except BlockingIOError:
-                return
+                return False
             if not data:
                 asyncio.get_running_loop().remove_reader(self._shared.stream.fileno())
-                return  # the control process has ended, well or not: the supervisor tells which
+                return False  # the control process has ended, well or not: the supervisor tells which
             if self._recorder is not None:
                 self._recorder.add_message(data)
             message = decode(data)
@@ -475,7 +483,8 @@ class RobotHost:
             self._take_frames()  # every frame the message names was in the ring before it was sent
             if isinstance(message, Asked):
                 self._learning.ask(message)
-                continue
+                self._asked = True
+                return True
             self._learning.add(message)
             self.progress.add(message)
             if isinstance(message, EpisodeEnd):
@@ -520,7 +529,8 @@ class RobotHost:
         device = self._supervisor.children.get("device")
         await asyncio.gather(stop("control"), stop("device"))
         with contextlib.suppress(RelodError, OSError):
-            self._take_messages()
+            while self._take_messages():
+                pass
         if device is not None:
             self._supervisor.listen(device)
         await self._finish_learning()

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...config import ServerSettings
 from ...types import EpisodeEnd, FloatArray, Image, Step, TaskSpec
-from ..clock import NS_PER_S, WallClock, monotonic_ns
+from ..clock import NS_PER_MS, NS_PER_S, WallClock, monotonic_ns
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
 from .access import Throttle
@@ -41,6 +41,7 @@ __all__ = ["Acted", "Admission", "Hall", "RobotSession", "Tally"]
 MIB = 1 << 20
 MESSAGE_COST_BYTES = 1024  # what a message counts for beside its bytes, so that tiny ones are held to a rate too
 TURN = 32  # messages of one robot before the others get their turn
+ANSWER_APART_NS = 5 * NS_PER_MS  # questions closer than this came while the learner or the link was held up
 RATE_MARKS = 21  # a mark every sweep: 10 s at the default silence_s
 
 
@@ -143,6 +144,7 @@ class RobotSession:
             Ping: self._take_ping,
         }
         self._wake, self._asked = asyncio.Event(), asyncio.Event()
+        self._answered_ns = 0
         self._question: tuple[Observe, tuple[EncodedFrame, ...], FloatArray, int] | None = None
         connection.protocol.max_message_size = self._intake.max_message_bytes
 
@@ -207,6 +209,8 @@ class RobotSession:
             if take is None:
                 raise WireError("a second join")
             take(head, payload)
+            if self._asked.is_set() and monotonic_ns() - self._answered_ns > ANSWER_APART_NS:
+                await asyncio.sleep(0)  # it is answered before more is read
             wait_s = self._throttle.take(len(data) + MESSAGE_COST_BYTES, now_ns := monotonic_ns())
             turn += 1
             if wait_s > 0 or turn % TURN == 0:
@@ -277,3 +281,4 @@ class RobotSession:
             values = np.concatenate([acted.action, acted.extras])
             await self._send(pack(answer, values.astype("<f4", copy=False).tobytes()))
             self.tally.answered += 1
+            self._answered_ns = monotonic_ns()

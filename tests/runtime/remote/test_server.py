@@ -274,15 +274,25 @@ def test_a_question_is_answered_from_what_it_names() -> None:
     play(scene)
 
 
-def test_of_questions_that_wait_the_newest_is_answered() -> None:
+def test_of_questions_that_come_together_the_first_and_the_newest_are_answered() -> None:
     async def scene() -> None:
         async with learner() as at, at.robot(acts="learner") as robot:
             await robot.frames((1, 2))
             question = {"episode": 0, "index": 0, "frame_ids": (1, 2), "now_ns": 0}
-            for number in (1, 2, 3):  # all are there before the learner, on the same loop, reads the first
+            for number in (1, 2, 3, 4):  # all are there before the learner, on the same loop, reads the first
                 await robot.send(wire.Observe(ask=number, **question), bytes(8))
-            assert (await robot.get(wire.Answer)).ask == 3
-            assert at.hall.acted == [3]
+            assert [(await robot.get(wire.Answer)).ask for _ in range(2)] == [1, 4]
+            assert at.hall.acted == [1, 4]
+
+
+def test_a_question_is_answered_before_what_came_behind_it_is_read() -> None:
+    async def scene() -> None:
+        async with learner() as at, at.robot(acts="learner") as robot:
+            await robot.frames((1, 2))
+            question = {"episode": 0, "index": 0, "frame_ids": (1, 2), "now_ns": 0}
+            await robot.send(wire.Observe(ask=1, **question), bytes(8))
+            await robot.record(make_step())
+            assert [type((await robot.receive())[0]) for _ in range(2)] == [wire.Answer, wire.Ack]
 
     play(scene)
 
