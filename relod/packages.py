@@ -15,9 +15,22 @@ from typing import Any
 
 from .errors import PackageError, RelodError
 
-__all__ = ["Watch", "calling", "check_methods", "distribution", "full_name", "ours", "place", "raised", "shown"]
+__all__ = [
+    "Slowness",
+    "Watch",
+    "calling",
+    "check_methods",
+    "distribution",
+    "frame_place",
+    "full_name",
+    "ours",
+    "place",
+    "raised",
+    "shown",
+]
 
 MEND = "mend the package; --debug and the run's children.log show the traceback"
+SLOW_AGAIN_NS = 10_000_000_000  # between two lines about calls that took too long
 MAX_SHOWN = 80  # characters of a value
 MAX_ERROR = 300  # of an error's text
 
@@ -90,6 +103,32 @@ class Watch:
         self.calls[who] = start_ns, end_ns
         if end_ns - start_ns > self.longest_ns:
             self.longest_ns, self.longest = end_ns - start_ns, who
+
+
+class Slowness:
+    """Counts calls that took longer than a cycle; they are told of at first and then every 10 s.
+
+    Args:
+        consequence: what becomes of the robot meanwhile, the end of the line.
+    """
+
+    def __init__(self, cycle_ns: int, consequence: str) -> None:
+        self._cycle_ns, self._consequence = cycle_ns, consequence
+        self._count = 0
+        self._told_ns: int | None = None
+
+    def note(self, who: str, took_ns: int, now_ns: int) -> str:
+        """A call that has ended; a line for people, or ""."""
+        if took_ns <= self._cycle_ns:
+            return ""
+        self._count += 1
+        if self._told_ns is not None and now_ns - self._told_ns <= SLOW_AGAIN_NS:
+            return ""
+        self._told_ns = now_ns
+        return (
+            f"{who} took {took_ns / 1e6:.0f} ms, and a cycle has {self._cycle_ns / 1e6:g} ms (so far {self._count}"
+            f" times): {self._consequence}"
+        )
 
 
 class calling:

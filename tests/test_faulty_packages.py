@@ -19,6 +19,7 @@ from relod.errors import (
     RelodError,
     SettingsError,
 )
+from relod.packages import Slowness
 from relod.robots import registry
 from relod.runtime.modes import run_robot
 from relod.runtime.stack import parse_place
@@ -211,6 +212,14 @@ def test_a_task_at_fault_in_a_run_ends_it(tmp_path: Path, fault: str, told: str)
     assert isinstance(result.error, PackageError)
 
 
+def test_slow_calls_are_told_of_at_first_and_every_ten_seconds() -> None:
+    slowness = Slowness(40_000_000, "it waits")
+    assert slowness.note("a.b", 40_000_000, 0) == ""
+    assert slowness.note("a.b", 41_000_000, 0) == "a.b took 41 ms, and a cycle has 40 ms (so far 1 times): it waits"
+    assert slowness.note("a.b", 90_000_000, 10_000_000_000) == ""
+    assert "(so far 3 times)" in slowness.note("a.b", 50_000_000, 10_000_000_001)
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     result = run(tmp_path, task="tests.faulty:track_judge_numpy", steps=60)
     assert result.exit_code == 0, result.error
@@ -296,6 +305,40 @@ def test_a_learner_whose_actor_fails_ends_and_its_robot_stands(tmp_path, faulty)
         assert command.result()["stopped_cleanly"] is True
         for each in (teacher, command):
             assert "Traceback" not in each.messages()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_learner_whose_actor_hangs_ends_and_its_robot_stands(tmp_path, faulty) -> None:
+    algo = ("--algo", "tests.faulty:act_hangs_late", "--set", "safety.stall_limit_s=2")
+    with (
+        learner(tmp_path, *algo, name="-learner", quick=WALL) as teacher,
+        robot(
+            tmp_path,
+            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url),
+            *("--set", "link.silence_s=1", "--set", "link.wait_s=1"),
+            quick=WALL,
+        ) as command,
+    ):
+        assert teacher.wait() == EXIT_SAFETY, teacher.messages()
+        assert "relod: the learner hangs in forward() (faulty.py line" in teacher.messages()
+        assert command.wait() == EXIT_LINK, command.messages()
+        assert command.result()["stopped_cleanly"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_learner_names_an_actor_that_takes_longer_than_a_cycle(tmp_path, faulty) -> None:
+    with (
+        learner(tmp_path, "--algo", "tests.faulty:act_slow_late", name="-learner", quick=WALL) as teacher,
+        robot(
+            tmp_path,
+            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url, "--steps", "90"),
+            quick=WALL,
+        ) as command,
+    ):
+        assert command.wait() == EXIT_OK, command.messages()
+        assert "tests.faulty.Policy.forward took " in teacher.messages()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import uvloop
 
 from ..config import SafetySettings
 from ..errors import SafetyStop
-from ..packages import Watch
+from ..packages import Slowness, Watch
 from ..seeds import random_stream
 from ..types import Actor, Command, Frame, Observation, Task
 from .channel import Channel, Event, Ready, Report
@@ -37,7 +37,6 @@ from .spans import SpanRing, SpanWriter, Stage
 __all__ = ["BEGIN", "HOLD", "ActorHost", "ControlJob", "run_control"]
 
 BEGIN, HOLD = "begin", "hold:"  # what the parent tells; a reason follows the latter, or nothing
-SLOW_AGAIN_S = 10  # between two warnings that a cycle was too long
 OUTBOX_LIMIT = 4096  # messages the parent may be behind, 90 s of steps, before the run is ended
 
 
@@ -94,8 +93,10 @@ class _Control:
         spec = self._task.spec
         self._watch = Watch(monotonic_ns)
         self._failure: SafetyStop | None = None  # in an answer, between two cycles
-        self._slow = 0  # cycles in which task and actor took longer than one
-        self._slow_told_ns = 0
+        self._slowness = Slowness(
+            spec.cycle_ns,
+            f"the robot keeps its last command meanwhile, and is stopped after {job.safety.command_timeout_ms:g} ms",
+        )
         self._cycle = Cycle(
             watch=self._watch,
             task=self._task,
@@ -179,7 +180,8 @@ class _Control:
         self._waiting = tick.asked is not None
         decided_ns = monotonic_ns()
         self._spans.add(Stage.DECIDE, index, sensed_ns, decided_ns)
-        self._note_slow(decided_ns)
+        if slow := self._slowness.note(self._watch.longest, self._watch.longest_ns, decided_ns):
+            self._channel.send(Event(slow))
         # From here on the robot has its command; the rest is slack.
         self._stamp(index, start_ns, inputs, tick)
         self._send(start_ns, inputs, tick, version)
@@ -191,23 +193,6 @@ class _Control:
         if start_ns - self._reported_ns > NS_PER_S:
             self._reported_ns = start_ns
             self._report(inputs)
-
-    def _note_slow(self, now_ns: int) -> None:
-        """Name a part of task or policy that alone takes longer than a cycle, at first and then every 10 s."""
-        cycle_ns, took_ns = self._task.spec.cycle_ns, self._watch.longest_ns
-        if took_ns <= cycle_ns:
-            return
-        self._slow += 1
-        if self._slow_told_ns == 0 or now_ns - self._slow_told_ns > SLOW_AGAIN_S * NS_PER_S:
-            self._slow_told_ns = now_ns
-            limit_ms = self._job.safety.command_timeout_ms
-            self._channel.send(
-                Event(
-                    f"{self._watch.longest} took {took_ns / NS_PER_MS:.0f} ms, and a cycle has"
-                    f" {cycle_ns / NS_PER_MS:g} ms (so far {self._slow} times): the robot keeps its last command"
-                    f" meanwhile, and is stopped after {limit_ms:g} ms"
-                )
-            )
 
     def _sense(self) -> Inputs:
         ring = self._job.frames

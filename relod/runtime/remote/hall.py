@@ -18,7 +18,7 @@ from torch import nn
 from ...algos.agent import TorchActor, bind_policy
 from ...algos.inference import Plans
 from ...errors import RelodError, SettingsError
-from ...packages import distribution
+from ...packages import distribution, full_name
 from ...seeds import random_stream
 from ...types import EpisodeEnd, FloatArray, Image, Observation, Step, TaskSpec
 from ..acting import warm_up
@@ -335,6 +335,11 @@ class PolicyDesk:
     def version(self) -> tuple[int, int]:
         """Of the newest policy that was taken."""
         return self._reader.version
+
+    @property
+    def actor_name(self) -> str:
+        """Of what is asked for actions."""
+        return full_name(self.module, "forward")
 
     async def take(self) -> tuple[FloatArray, tuple[int, int]] | None:
         """Act by the newest policy from now on: a copy and its version, or None when it was taken before.

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import uvloop
 
 from ...errors import EXIT_OK, EXIT_SAFETY, RelodError, SafetyStop, SettingsError
+from ...packages import Slowness
 from ...types import EpisodeEnd, FloatArray, Image, Step
 from .. import provenance
 from ..channel import readable
@@ -34,6 +35,7 @@ from ..processes import Supervisor, signals_to
 from ..rundir import RunFolder
 from ..screen import View
 from ..shared import Signal
+from ..stack import EndIfStuck
 from .hall import LearnerRun
 from .learnerbooks import LearnerBooks
 from .learnerrequest import Access, LearnerRequest, Teaching, choose_access, choose_teaching
@@ -105,6 +107,8 @@ class LearnerSession:
         self._stack = contextlib.ExitStack()  # of the run
         self._tasks: list[asyncio.Task[None]] = []
         self._limit = 0  # environment steps of the run; 0 for none
+        self._slowness: Slowness  # of its policy, from the first robot on
+        self._watched: EndIfStuck  # the same
         self._ended = asyncio.Event()
         self._finished: str | None = None  # why robots are to end too
         self._signalled: signal.Signals | None = None
@@ -187,9 +191,14 @@ class LearnerSession:
             self._server.hold(reason)
 
     def act(self, admission: Admission, images: tuple[Image, ...], head: Observe, proprio: FloatArray) -> Acted:
-        """The answer to an observation."""
+        """The answer to an observation; nothing else is served meanwhile."""
         assert self.learning is not None
-        return self.learning.act(admission, images, head, proprio)
+        with self._watched:
+            acted = self.learning.act(admission, images, head, proprio)
+        name, took_ns = self.learning.policies.actor_name, acted.acted_ns - acted.asked_ns
+        if slow := self._slowness.note(name, took_ns, acted.acted_ns):
+            self._say(slow)
+        return acted
 
     def left(self, admission: Admission, reason: str) -> None:
         """A robot's connection is over."""
@@ -218,6 +227,12 @@ class LearnerSession:
                 learning.restore(checkpoint)
             self._stack.push(stack.pop_all())
         self.learning, self._limit = learning, limit
+        self._slowness = Slowness(plan.spec.cycle_ns, "its action comes late, and robots hold their last one meanwhile")
+        self._watched = EndIfStuck(
+            "learner",
+            plan.settings.safety.stall_limit_s,
+            f"nothing is lost: mend it and go on with --resume {folder.path}",
+        )
         assert self._server is not None
         self._server.settle(plan.spec.image_hw, learning.precision)
         self._hold()
