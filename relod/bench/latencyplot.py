@@ -143,6 +143,8 @@ def _draw_way(axes: Any, rows: Sequence[ModeRow]) -> None:
 
 
 def _draw_tail(axes: Any, rows: Sequence[ModeRow]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     least = 1.0
     for number, row in enumerate(rows):
         values = np.sort(row.samples.get("deadline_to_wire", np.zeros(0)))
@@ -162,7 +164,9 @@ def _draw_tail(axes: Any, rows: Sequence[ModeRow]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(0.7 * least, 1.3)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # its own labels need what `parse_math` leaves out
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.set_xlabel("deadline > command on the robot's wire, ms")
     axes.set_ylabel("share of cycles that took longer")
@@ -188,8 +192,10 @@ def _draw_budget(axes: Any, rows: Sequence[ModeRow]) -> None:
     for cycle_ms in {row.cycle_ms for row in rows if row.cycle_ms}:
         axes.axvline(cycle_ms, color="black", linewidth=1.2, linestyle=(0, (4, 3)))
         axes.annotate(
-            f" one cycle,\n {cycle_ms:g} ms",
+            f"one cycle,\n{cycle_ms:g} ms",
             (cycle_ms, 1.0),
+            xytext=(3, 0),
+            textcoords="offset points",
             xycoords=axes.get_xaxis_transform(),
             va="top",
             fontsize="small",

@@ -46,6 +46,7 @@ def test_a_picture_is_drawn(tmp_path, ending):
     if ending == "svg":
         text = out.read_text()
         assert "a $title$" in text
+        assert "mathdefault" not in text, "a label was left to what is not there"
         assert "remote-local" not in text  # there is nothing to draw of it
 
 
