@@ -74,11 +74,11 @@ QUICK_PPO = tuple(
 
 @pytest.mark.parametrize("mode", list(MODES))
 def test_a_rollout_is_of_one_policy_in_every_mode(tmp_path: Path, mode: str) -> None:
-    """The robot waits for each update, and an episode is acted by one policy."""
-    short = ("--task", "track", "--algo", "ppo", "--steps", "200", "--set", "task.episode_steps=30")
+    """The robot waits for each update, and an episode is acted by one policy. Elsewhere it takes what is taught."""
+    short = ("--task", "track", "--steps", "200", "--set", "task.episode_steps=30")
     with contextlib.ExitStack() as stack:
         if mode == "local-only":
-            run = stack.enter_context(robot(tmp_path, *short, quick=QUICK_PPO))
+            run = stack.enter_context(robot(tmp_path, *short, "--algo", "ppo", quick=QUICK_PPO))
             assert run.wait() == 0, run.messages()
             updates, folder = run.result()["updates"], tmp_path / run.result()["run_dir"]
         else:
@@ -89,6 +89,7 @@ def test_a_rollout_is_of_one_policy_in_every_mode(tmp_path: Path, mode: str) -> 
             assert teacher.wait() == 130, teacher.messages()
             updates, folder = teacher.result()["updates"], tmp_path / teacher.result()["run_dir"]
             audited(tmp_path, run, folder)
+    assert run.result()["algorithm"] == "ppo"
     episodes: dict[int, list[tuple[int, int]]] = {}
     for record in LogReader(find_log(folder)).iterate():
         if isinstance(record.message, Step):

@@ -166,8 +166,9 @@ def _draw_tail(axes: Any, rows: Sequence[ModeRow]) -> None:
     axes.set_ylim(0.7 * least, 1.3)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())  # its own labels need what `parse_math` leaves out
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())  # matplotlib's own labels need what `parse_math` leaves out
     axes.set_xlabel("deadline > command on the robot's wire, ms")
     axes.set_ylabel("share of cycles that took longer")
     axes.set_title("how often a command comes how late", loc="left", fontsize="medium")

@@ -51,7 +51,9 @@ WorldOption = Annotated[str, typer.Option(help="ideal, nominal or harsh.")]
 SeedOption = Annotated[int, typer.Option(min=0)]
 AlgorithmOption = Annotated[
     str | None,
-    typer.Option("--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac."),
+    typer.Option(
+        "--algorithm", "--algo", help="How to learn: a name, or module:attribute. Default: sac, or the learner's."
+    ),
 ]
 PresetOption = Annotated[
     str | None, typer.Option(help="The algorithm's settings to start from; chosen by the machine if not given.")

@@ -112,6 +112,8 @@ def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge 
     robot, camera = hardware(request, names["clock"], before)
     entry = registry.task(names["task"])
     remote = _remote(request, names, place, entry)
+    if not place.learns_here:
+        names["algorithm"] = request.algorithm if place.acts_here else None  # none: what the learner teaches
     algorithm = registry.algorithm(names["algorithm"]) if place.learns_here else None
     preset, reason = names["preset"] or "", "the learner's"
     trees = [world_settings(entry, names["world"])]
@@ -141,8 +143,8 @@ def make_plan(request: Request, places: Mapping[str, Place], learner: Challenge 
         entry=entry,
         task=entry.make_task(settings.task),
         mode=names["mode"],
-        algorithm_name=names["algorithm"] if place.acts_here else "",
-        algorithm_target=registry.target("algorithm", names["algorithm"]) if place.acts_here else "",
+        algorithm_name=names["algorithm"] or "",
+        algorithm_target=registry.target("algorithm", names["algorithm"]) if names["algorithm"] else "",
         algorithm=algorithm,
         preset=preset,
         preset_reason=reason,

@@ -108,6 +108,13 @@ def test_with_a_learner_elsewhere_a_profile_is_the_tasks_own_or_the_learners():
         resolve(ur5(profile="laptop", **there))
 
 
+@pytest.mark.parametrize(("asked", "target"), [(None, ""), ("ppo", "relod.algos.ppo:PPO")])
+def test_a_robot_takes_the_learners_algorithm_unless_it_is_told_one(asked, target):
+    there = {"mode": "remote-local", "learner": "ws://127.0.0.1:8765"}
+    found = resolve(ur5(algorithm=asked, **there))
+    assert (found.algorithm_name, found.algorithm_target) == (asked or "", target)
+
+
 @pytest.mark.parametrize(
     ("task", "preset", "seen"),
     [

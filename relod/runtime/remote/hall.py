@@ -189,11 +189,10 @@ class LearnerRun:
                 f"robot {join.robot} sends {join.codec} images, and this learner's log holds {codec}",
                 f"use --image-codec {codec}",
             )
-        if join.acts == "robot" and join.algorithm != self.plan.algorithm_name:
+        if join.algorithm not in ("", self.plan.algorithm_name):
             raise SettingsError(
-                f"robot {join.robot} acts with {join.algorithm or 'no algorithm'}, and this learner teaches"
-                f" {self.plan.algorithm_name}",
-                f"use --algorithm {self.plan.algorithm_name} on the robot",
+                f"robot {join.robot} acts with {join.algorithm}, and this learner teaches {self.plan.algorithm_name}",
+                f"leave out --algo, or use --algo {self.plan.algorithm_name}, on the robot",
             )
 
     def record(self, admission: Admission, message: Step | EpisodeEnd, frames: Mapping[int, EncodedFrame]) -> None:

@@ -151,10 +151,14 @@ class _RemoteLearning:
         from ..acting import BoxActor
         from ..policy import PolicyBox, PolicyWriter
 
-        plan = self._plan
-        target = registry.target("algorithm", plan.algorithm_name)
+        plan, name = self._plan, self._plan.algorithm_name
+        if not name:
+            name = welcome.algorithm
+            if ":" in name:  # what is imported here is for this host to say, not for a learner
+                raise SettingsError(f"the learner teaches by {name}, which has no installed name", f"use --algo {name}")
+        target = registry.target("algorithm", name)
         algorithm = find_algorithm(target)
-        package, name = distribution(target), plan.algorithm_name
+        package = distribution(target)
         hint = f"install the same version of {(package or target).split()[0]} on both hosts"
         if package and welcome.package and package != welcome.package:
             raise StartError(f"{name} is of {welcome.package} at the learner, and of {package} here", hint)

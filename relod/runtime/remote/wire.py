@@ -97,7 +97,9 @@ class Join(_Head, frozen=True, tag="join"):
     acts: Literal["robot", "learner"]  # who answers observations
     task: TaskSpec
     codec: Literal["raw", "jpeg"]
-    algorithm: Annotated[str, Meta(max_length=64)]  # that the robot can act with; empty when the learner acts
+    algorithm: Annotated[
+        str, Meta(max_length=64)
+    ]  # that the robot is to act with; empty for the learner's, and when that acts
     presets: dict[str, SettingsTree]  # settings that suit the task, by an agent's preset; the learner's own win
     nonce: Nonce
     proof: Proof  # HMAC-SHA256, see `access`

@@ -109,6 +109,7 @@ def test_a_robot_of_another_codec_or_algorithm_is_refused(start):
         run.admit(make_join(codec="jpeg"))
     with pytest.raises(SettingsError, match=r"acts with ppo.*teaches sac"):
         run.admit(make_join(algorithm="ppo"))
+    run.admit(make_join(algorithm=""))
 
 
 def test_what_is_acked_is_found_again_after_a_kill(start):
