@@ -32,6 +32,7 @@ from .guardian import Guard
 from .scheduling import enter, raise_to
 from .shared import SensorRing
 from .spans import SpanRing, Stage
+from .tasks import TaskGroup
 
 __all__ = ["MAY_BE_MOVING", "CommandRing", "DeviceDriver", "DeviceJob", "DriverFactory", "Leash", "run_device"]
 
@@ -179,7 +180,7 @@ class _Device:
         asyncio.get_running_loop().add_reader(self._signal.fileno(), self._on_commands)
         self._channel.send(Ready({"address": self._job.address}))
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 for body in (
                     self._keep_driver,
                     self._keep_guard,

@@ -25,6 +25,7 @@ from .channel import MAX_ERROR_CHARS, Channel, Event, Failed, Finish, Ready, Rep
 from .clock import NS_PER_S, cpu_seconds_of_tree, monotonic_ns
 from .scheduling import name_process
 from .stack import find_place, write_stack_when_asked
+from .tasks import TaskGroup
 
 __all__ = ["Child", "Supervisor", "child_main", "signals_to"]
 
@@ -189,7 +190,7 @@ class Supervisor:
 
     async def watch(self) -> None:
         """Listen to all children until cancelled; restart or give up as each child's policy says."""
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             for child in self.children.values():
                 group.create_task(self._watch_child(child), name=f"watch-{child.name}")
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, assert_never
 import msgspec
 
 from ...runtime.clock import NS_PER_S, DeadlineTimer, monotonic_ns
+from ...runtime.tasks import TaskGroup
 from ...types import Witness
 from ..faultserver import CameraCable, CameraCorrupt, CameraFaults, CameraResize, CameraStall, CameraUnplug, FaultServer
 from ..simcamera import SimFrame
@@ -87,7 +88,7 @@ async def serve(
         async with AsyncExitStack() as stack:
             if options.control is not None:
                 await stack.enter_async_context(FaultServer(options.control, AnyOperation, emulator.apply))
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 emulator.tasks = tasks
                 transmit = tasks.create_task(emulator.transmit(), name="create2-transmit")
                 on_ready(EmulatorReady(port=emulator.port_path, control=control))
@@ -106,7 +107,7 @@ async def serve(
 class _Emulator:
     """One robot on one port. The port is None while its cable is pulled."""
 
-    tasks: asyncio.TaskGroup
+    tasks: TaskGroup
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from ...config import Section
 from ...runtime.clock import NS_PER_MS, NS_PER_S, DeadlineTimer, monotonic_ns
+from ...runtime.tasks import TaskGroup
 from ...seeds import random_stream
 from ...types import NO_REQUEST, Command, Image, TaskSpec, Witness
 from .. import simcamera
@@ -209,7 +210,7 @@ async def serve_world(
         scene.show(Place(show.x * WIDTH, show.y * HEIGHT), monotonic_ns())
 
     try:
-        async with asyncio.TaskGroup() as tasks, FrameServer(path=frames, http_port=mjpeg_port) as server:
+        async with TaskGroup() as tasks, FrameServer(path=frames, http_port=mjpeg_port) as server:
             arm = tasks.create_task(
                 serve(
                     scene.controller,

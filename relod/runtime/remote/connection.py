@@ -16,6 +16,7 @@ from ...config import LinkSettings
 from ...errors import LinkLost, RelodError
 from ..clock import NS_PER_S, monotonic_ns
 from ..log.format import EncodedFrame
+from ..tasks import TaskGroup
 from . import wire
 from .dialing import NotNow, refusal
 from .figures import LinkFigures
@@ -131,7 +132,7 @@ class LinkConnection:
         self._parts.begin()
         self._heard_ns = monotonic_ns()
         try:
-            async with asyncio.TaskGroup() as group:
+            async with TaskGroup() as group:
                 for work in (self._receive(), self._send(), self._pulse()):
                     group.create_task(work)
         except* (ConnectionClosed, NotNow) as caught:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..clock import NS_PER_MS, NS_PER_S, DeadlineTimer, monotonic_ns
 from ..spans import Histogram
+from ..tasks import TaskGroup
 from .linkprofile import Channel, LinkProfile
 
 __all__ = ["Relay"]
@@ -297,7 +298,7 @@ class Relay:
         except OSError:  # as the learner's host itself would
             robot.reset()
             return
-        async with asyncio.TaskGroup() as group:
+        async with TaskGroup() as group:
             for flow in flows:
                 group.create_task(flow.run())
         robot.close()

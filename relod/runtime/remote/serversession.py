@@ -15,6 +15,7 @@ from ...types import EpisodeEnd, FloatArray, Image, Step, TaskSpec
 from ..clock import NS_PER_MS, NS_PER_S, WallClock, monotonic_ns
 from ..log.codec import make_codec
 from ..log.format import EncodedFrame
+from ..tasks import TaskGroup
 from .access import Throttle
 from .intake import Intake
 from .owed import Owed, PackedPolicy
@@ -159,7 +160,7 @@ class RobotSession:
             Exception: whatever the hall raised.
         """
         try:
-            async with asyncio.TaskGroup() as tasks:
+            async with TaskGroup() as tasks:
                 helpers = [tasks.create_task(self._send_owed(), name="send")]
                 if self.admission.acts == "learner":
                     helpers.append(tasks.create_task(self._answer(), name="answer"))
