@@ -233,6 +233,7 @@ class _Caller:
         self._shrink = make_shrink(plan.task.spec.image_hw)
         self._images: dict[int, Image] = {}
         self._newest: Image | None = None
+        self._question: Asked | None = None  # whose step is still to come
         self._step: Step | None = None  # whose reward belongs to the next news
         self._asked_ns = 0  # of the newest observation
         self._untold: _News | None = None  # what the caller will be answered next
@@ -259,6 +260,9 @@ class _Caller:
     def add(self, message: Step | EpisodeEnd) -> None:
         if isinstance(message, Step):
             self._step = message
+            if self._question is not None:
+                question, self._question = self._question, None
+                self._tell_question(question)
             return
         self._running = False
         if self._leaving:
@@ -279,8 +283,12 @@ class _Caller:
         self._running = True
         if gap_ns > RESET_CYCLES * self._cycle_ns:  # an episode in which nothing was done ends without a word
             self._leaving = False
-        if not self._leaving:
-            self._tell(question.frame_ids, np.frombuffer(question.proprio, np.float32))
+        if self._leaving:
+            return
+        if question.index > 0:  # the step that led to it comes right behind, and with it the reward
+            self._question = question
+        else:
+            self._tell_question(question)
 
     def poll(self) -> Mapping[str, dict[str, float | str]]:
         return {}
@@ -290,6 +298,9 @@ class _Caller:
 
     def summary(self) -> dict[str, Any]:
         return {}
+
+    def _tell_question(self, question: Asked) -> None:
+        self._tell(question.frame_ids, np.frombuffer(question.proprio, np.float32))
 
     def _tell(self, frame_ids: tuple[int, ...], vector: FloatArray, **end: Any) -> None:
         """News for the caller, now or when it asks; what it was not told of before is added up."""
@@ -321,7 +332,7 @@ class _Caller:
         self._listening = True
         if message == "reset":
             self._leaving = self._running
-            self._untold = None
+            self._untold = self._question = None
             self._events.hold("")
             return
         if self._untold is not None and self._untold.reason:

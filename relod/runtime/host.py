@@ -109,7 +109,10 @@ class Learning(Protocol):
         ...
 
     def ask(self, question: Asked) -> None:
-        """The control process wants an action from elsewhere; it comes by `Events.answer`."""
+        """The control process wants an action from elsewhere; it comes by `Events.answer`.
+
+        The step that has led to the question is added behind it.
+        """
         ...
 
     def poll(self) -> Mapping[str, dict[str, float | str]]:

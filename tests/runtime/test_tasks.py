@@ -11,10 +11,13 @@ async def fail() -> None:
 
 
 async def failed_group() -> None:
-    with pytest.raises(ExceptionGroup):
+    async def run() -> None:
         async with TaskGroup() as group:
             group.create_task(fail())
             group.create_task(asyncio.sleep(10))
+
+    with pytest.raises(ExceptionGroup):
+        await run()
 
 
 def test_a_time_limit_after_a_group_that_failed_is_one():
