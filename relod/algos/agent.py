@@ -252,6 +252,7 @@ class TorchActor:
         plans: Plans | None = None,
     ) -> None:
         """`plans` are those of other actors with the same source, in the same thread."""
+        self.name = full_name(source.module, "forward")  # of what is asked for actions
         self.steps_done = steps_done  # environment steps of the run so far
         self._source = source
         self._needs = needs
@@ -265,11 +266,6 @@ class TorchActor:
         self._keep = math.exp(-1 / needs.noise_cycles) if needs.noise_cycles > 0 else 0.0
         self._window = needs.window
         self._plans = plans or Plans(needs.window.out_hw)
-
-    @property
-    def name(self) -> str:
-        """Of what is asked for actions."""
-        return full_name(self._source.module, "forward")
 
     def act(self, observation: Observation) -> Action:
         """The action for `observation`, with the version of the policy it came from."""

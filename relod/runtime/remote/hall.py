@@ -308,8 +308,8 @@ class _Bound:
 class PolicyDesk:
     """The policies of a box: copied for robots that act themselves, and run here for those that do not.
 
-    Its actors answer on the loop. One inference keeps it from its other work for a millisecond, but a hand-over to a
-    thread and back costs each answer that much again: both threads want the interpreter.
+    Its actors answer on the loop. An inference keeps it from its other work for a millisecond or two; a hand-over to a
+    thread made each answer 0.4 ms later, for both threads want the interpreter.
     """
 
     def __init__(self, plan: LearnerPlan, box: PolicyBox) -> None:
@@ -322,6 +322,7 @@ class PolicyDesk:
             return _Bound(flat, bind_policy(plan.algorithm.build_actor(plan.spec, plan.settings.agent), flat))
 
         self._reader = PolicyReader(box, bound)
+        self.actor_name = full_name(self.module, "forward")  # of what is asked for actions
         self._taken = (0, 0)  # version
         self._warm = False
 
@@ -334,11 +335,6 @@ class PolicyDesk:
     def version(self) -> tuple[int, int]:
         """Of the newest policy that was taken."""
         return self._reader.version
-
-    @property
-    def actor_name(self) -> str:
-        """Of what is asked for actions."""
-        return full_name(self.module, "forward")
 
     async def take(self) -> tuple[FloatArray, tuple[int, int]] | None:
         """Act by the newest policy from now on: a copy and its version, or None when it was taken before.
