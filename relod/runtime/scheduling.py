@@ -217,17 +217,16 @@ def described(pids: dict[str, int]) -> dict[str, dict[str, Any]]:
     for name, pid in pids.items():
         for known, number in ((name, pid), *_named_children(pid)):
             with contextlib.suppress(OSError):
-                if (process := _described(number)) is not None:
-                    found[known] = process
+                found[known] = _described(number)
     return found
 
 
-def _described(pid: int) -> dict[str, Any] | None:
+def _described(pid: int) -> dict[str, Any]:
     policy = os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK
     status = Path(f"/proc/{pid}/status").read_text()
     locked_kib = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmLck:")), None)
     if locked_kib is None:  # it has given its memory back, and waits to be waited for
-        return None
+        raise ProcessLookupError(pid)
     return {
         "policy": _POLICIES.get(policy, str(policy)),
         "priority": os.sched_getparam(pid).sched_priority,

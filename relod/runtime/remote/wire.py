@@ -97,9 +97,7 @@ class Join(_Head, frozen=True, tag="join"):
     acts: Literal["robot", "learner"]  # who answers observations
     task: TaskSpec
     codec: Literal["raw", "jpeg"]
-    algorithm: Annotated[
-        str, Meta(max_length=64)
-    ]  # that the robot is to act with; empty for the learner's, and when that acts
+    algorithm: Annotated[str, Meta(max_length=64)]  # that the robot is to act with; empty: whatever is taught
     presets: dict[str, SettingsTree]  # settings that suit the task, by an agent's preset; the learner's own win
     nonce: Nonce
     proof: Proof  # HMAC-SHA256, see `access`
