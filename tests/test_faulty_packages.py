@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from relod.robots import registry
 from relod.runtime.modes import run_robot
 from relod.runtime.stack import parse_place
 from relod.testing.agent import SPEC
-from tests.commands import emulator, learner, robot, stood_after_ms
+from tests.commands import Command, emulator, learner, robot, stood_after_ms
 from tests.fakes import small_request
 
 ROOT = Path(__file__).parents[1]
@@ -287,18 +289,24 @@ def test_an_actor_that_takes_longer_than_a_cycle_is_named(tmp_path, faulty) -> N
         assert "control: tests.faulty.Policy.forward took " in command.messages()
 
 
+@contextlib.contextmanager
+def asking(
+    folder: Path, fault: str, *arguments: str, taught: tuple[str, ...] = ()
+) -> Iterator[tuple[Command, Command]]:
+    """A learner with a policy at fault, and a robot in remote-only that asks it."""
+    with (
+        learner(folder, "--algo", f"tests.faulty:{fault}", *taught, name="-learner", quick=WALL) as teacher,
+        robot(
+            folder, *("--task", "track", "--mode", "remote-only", "--learner", teacher.url), *arguments, quick=WALL
+        ) as command,
+    ):
+        yield teacher, command
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_learner_whose_actor_fails_ends_and_its_robot_stands(tmp_path, faulty) -> None:
-    algo = ("--algo", "tests.faulty:act_raises_late")
-    with (
-        learner(tmp_path, *algo, name="-learner", quick=WALL) as teacher,
-        robot(
-            tmp_path,
-            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url, "--set", "link.wait_s=1"),
-            quick=WALL,
-        ) as command,
-    ):
+    with asking(tmp_path, "act_raises_late", "--set", "link.wait_s=1") as (teacher, command):
         assert teacher.wait() == EXIT_SAFETY, teacher.messages()
         assert "tests.faulty.Policy.forward raised ValueError: no such thing (faulty.py line" in teacher.messages()
         assert command.wait() == EXIT_LINK, command.messages()
@@ -310,15 +318,10 @@ def test_a_learner_whose_actor_fails_ends_and_its_robot_stands(tmp_path, faulty)
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_learner_whose_actor_hangs_ends_and_its_robot_stands(tmp_path, faulty) -> None:
-    algo = ("--algo", "tests.faulty:act_hangs_late", "--set", "safety.stall_limit_s=2")
-    with (
-        learner(tmp_path, *algo, name="-learner", quick=WALL) as teacher,
-        robot(
-            tmp_path,
-            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url),
-            *("--set", "link.silence_s=1", "--set", "link.wait_s=1"),
-            quick=WALL,
-        ) as command,
+    impatient = ("--set", "link.silence_s=1", "--set", "link.wait_s=1")
+    with asking(tmp_path, "act_hangs_late", *impatient, taught=("--set", "safety.stall_limit_s=2")) as (
+        teacher,
+        command,
     ):
         assert teacher.wait() == EXIT_SAFETY, teacher.messages()
         assert "relod: the learner hangs in forward() (faulty.py line" in teacher.messages()
@@ -329,14 +332,7 @@ def test_a_learner_whose_actor_hangs_ends_and_its_robot_stands(tmp_path, faulty)
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_learner_names_an_actor_that_takes_longer_than_a_cycle(tmp_path, faulty) -> None:
-    with (
-        learner(tmp_path, "--algo", "tests.faulty:act_slow_late", name="-learner", quick=WALL) as teacher,
-        robot(
-            tmp_path,
-            *("--task", "track", "--mode", "remote-only", "--learner", teacher.url, "--steps", "90"),
-            quick=WALL,
-        ) as command,
-    ):
+    with asking(tmp_path, "act_slow_late", "--steps", "90") as (teacher, command):
         assert command.wait() == EXIT_OK, command.messages()
         assert "tests.faulty.Policy.forward took " in teacher.messages()
 
