@@ -205,7 +205,7 @@ SMALL = (
 )
 SMALL_AGENTS = {
     "sac": ("agent.init_steps=40", "agent.batch_size=8"),
-    "ppo": ("agent.rollout_steps=80", "agent.minibatch=16", "agent.epochs=2"),
+    "ppo": ("agent.rollout_steps=80", "agent.reuse_steps=160", "agent.minibatch=16", "agent.epochs=2"),
 }
 
 

@@ -65,7 +65,13 @@ def test_a_robot_and_a_learner(tmp_path: Path, mode: str) -> None:
 QUICK_PPO = tuple(
     word
     for setting in (
-        *("agent.rollout_steps=60", "agent.epochs=1", "agent.hidden=[32]", "agent.conv_channels=8"),
+        *(
+            "agent.rollout_steps=60",
+            "agent.reuse_steps=120",
+            "agent.epochs=1",
+            "agent.hidden=[32]",
+            "agent.conv_channels=8",
+        ),
         *("replay.capacity=2000", "run.metrics_every_s=0.25"),
     )
     for word in ("--set", setting)

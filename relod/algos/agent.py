@@ -66,6 +66,7 @@ class Rollouts:
     `Rollout`. Policies are taken between episodes only."""
 
     steps: int  # at least, before an update
+    earlier_steps: int = 0  # that an update is given besides, at most: the newest whole episodes of earlier policies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

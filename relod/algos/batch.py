@@ -92,8 +92,9 @@ class Look(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Whole episodes acted by one policy: T steps, one episode after the other, and N last observations.
+    """Whole episodes: T steps, one episode after the other, and N last observations.
 
+    The first `earlier` steps are of earlier policies, if the algorithm asked for them; all others are of the newest.
     Observation `t < T` is the one in which step t was taken, `T + j` the true last one of the j-th episode. Episodes
     whose end is not known are left out.
     """
@@ -105,6 +106,7 @@ class Rollout:
     terminated: npt.NDArray[np.bool_]  # (T,) nothing comes after the step
     ends: npt.NDArray[np.bool_]  # (T,) the last step of its episode, N of them
     look: Look
+    earlier: int = 0
 
     def successors(self) -> npt.NDArray[np.int64]:
         """`(T,)`: the number of the observation after each step."""

@@ -38,12 +38,16 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class PpoSettings(Section, frozen=True):
     """Settings of PPO; the defaults are the preset `ppo`."""
 
-    # The published runs take 4,096, a tenth of what a robot has time for. What was tried: docs/algos/experiments.md.
+    # The published runs take 4,096, a tenth of what a robot has time for, and forget them. An update learns from as
+    # many here, but there is one for every 250. What was tried: docs/algos/experiments.md.
     rollout_steps: Annotated[
         int, Meta(ge=1, description="steps of whole episodes by one policy, at least, before an update")
-    ] = 1000
-    epochs: Annotated[int, Meta(ge=1, le=1000, description="passes over a rollout, at most")] = 10
-    minibatch: Annotated[int, Meta(ge=2, description="steps per gradient step")] = 64
+    ] = 250
+    reuse_steps: Annotated[
+        int, Meta(ge=0, description="steps of earlier policies' episodes that an update learns from besides, at most")
+    ] = 4000
+    epochs: Annotated[int, Meta(ge=1, le=1000, description="passes over these steps, at most")] = 3
+    minibatch: Annotated[int, Meta(ge=2, description="steps per gradient step")] = 256
     gamma: Annotated[float, Meta(gt=0, le=1, description="discount per action cycle")] = 0.99
     gae_lambda: Annotated[Share, Meta(description="decay of the advantage estimate (GAE, arXiv 1506.02438)")] = 0.95
     clip: Annotated[float, Meta(gt=0, lt=1, description="how far the ratio of probabilities may gainfully go")] = 0.2
@@ -87,6 +91,7 @@ class PpoSettings(Section, frozen=True):
 PAPER: RawSettings = {
     "agent": {
         "rollout_steps": 4096,
+        "reuse_steps": 0,
         "epochs": 10,
         "minibatch": 256,
         "gamma": 0.99,
@@ -199,21 +204,24 @@ def advantages(
     terminated: npt.NDArray[np.bool_],
     ends: npt.NDArray[np.bool_],
     *,
+    trust: FloatArray,
     gamma: float,
     gae_lambda: float,
 ) -> FloatArray:
     """Generalised advantage estimates `(T,)`; nothing flows over the end of an episode.
 
     `values` `(T + N,)` are of all observations, `successors` says which comes after a step. A step that terminated is
-    worth its reward; the last one of a truncated episode is bootstrapped from the true last observation.
+    worth its reward; the last one of a truncated episode is bootstrapped from the true last observation. `trust` `(T,)`
+    in [0, 1] is V-trace's truncated ratio (arXiv 1802.01561) and 1 for steps of the policy that is asked about: what a
+    step led to counts for those before it as far as that policy would have done it.
     """
     after = np.where(terminated, 0.0, values[successors])
     errors = rewards + gamma * after - values[: len(rewards)]
     found = np.zeros(len(rewards))
     running = 0.0
     for t in range(len(rewards) - 1, -1, -1):
-        running = errors[t] + (0.0 if ends[t] else gamma * gae_lambda * running)
-        found[t] = running
+        found[t] = errors[t] + (0.0 if ends[t] else running)
+        running = gamma * gae_lambda * trust[t] * found[t]
     return found.astype(np.float32)
 
 
@@ -244,31 +252,33 @@ class PpoLearner:
         self._newest: dict[str, float] = {}
 
     def update(self, batch: Rollout) -> None:
-        """Epochs over one rollout, until they are done or the policy has moved enough."""
+        """Epochs over one rollout and earlier steps, until they are done or the policy has moved enough."""
         settings = self._settings
         rewards = batch.rewards * self._reward_scale(batch) if settings.scale_rewards else batch.rewards
-        values = self._values(batch)
+        values, densities = self._assess(batch)
         steps = len(rewards)
+        trust = np.exp(np.minimum(densities - batch.extras[:, self._action_dim], 0.0))
         gains = advantages(
             rewards,
             values,
             batch.successors(),
             batch.terminated,
             batch.ends,
+            trust=trust,
             gamma=settings.gamma,
             gae_lambda=settings.gae_lambda,
         )
-        targets = gains + values[:steps]
-        spread = float(np.var(targets))
-        explained = 1 - float(np.var(gains)) / spread if spread > 0 else 0.0
-        gains = (gains - gains.mean()) / (gains.std() + EPSILON)
+        targets = trust * gains + values[:steps]
+        spread = float(np.var(targets[batch.earlier :]))
+        explained = 1 - float(np.var(gains[batch.earlier :])) / spread if spread > 0 else 0.0
+        gains = trust * (gains - gains.mean()) / (gains.std() + EPSILON)
         sums: dict[str, float] = {}
         done = epochs = 0
         for _ in range(settings.epochs):
             epochs += 1
             divergences = []
             for part in self._minibatches(steps):
-                found = self._step(batch, part, gains, targets)
+                found = self._step(batch, part, densities, gains, targets)
                 done += 1
                 divergences.append(found["kl"])
                 sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
@@ -277,6 +287,7 @@ class PpoLearner:
         self._newest = {name: value / done for name, value in sums.items()} | {
             "explained_variance": explained,
             "epochs": float(epochs),
+            "trust": float(trust.mean()),
         }
 
     def _minibatches(self, steps: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -285,12 +296,16 @@ class PpoLearner:
         yield from np.array_split(order, math.ceil(steps / self._settings.minibatch))
 
     def _step(
-        self, rollout: Rollout, part: npt.NDArray[np.int64], gains: FloatArray, targets: FloatArray
+        self,
+        rollout: Rollout,
+        part: npt.NDArray[np.int64],
+        densities: FloatArray,
+        gains: FloatArray,
+        targets: FloatArray,
     ) -> dict[str, float]:
         settings = self._settings
         proprio, gain, target = (self._tensor(array[part]) for array in (rollout.proprio, gains, targets))
-        extras = self._tensor(rollout.extras[part])
-        drawn, old_density = extras[:, : self._action_dim], extras[:, self._action_dim]
+        drawn, old_density = self._tensor(rollout.extras[part, : self._action_dim]), self._tensor(densities[part])
         corners = self._window.offsets(self._rng, len(part))
         features = self._features(rollout, part, proprio, corners if settings.augment_ratio else None)
         gaussian = self._policy.distribution(self._for_policy(features))
@@ -341,20 +356,28 @@ class PpoLearner:
         return self._policy.features(self._tensor(images[:, :, :height, :width]), proprio)
 
     @torch.no_grad()
-    def _values(self, rollout: Rollout) -> FloatArray:
-        """Of all observations, `(T + N,)`."""
-        found = []
+    def _assess(self, rollout: Rollout) -> tuple[FloatArray, FloatArray]:
+        """Values of all observations, `(T + N,)`, and log-densities of what was drawn, `(T,)`, before the update.
+
+        Of the newest policy's steps its actor said the densities, to its own rounding.
+        """
+        values, densities = [], rollout.extras[:, self._action_dim].copy()
         for start in range(0, len(rollout.proprio), VALUES_AT_ONCE):
             part = np.arange(start, min(start + VALUES_AT_ONCE, len(rollout.proprio)))
             features = self._features(rollout, part, self._tensor(rollout.proprio[part]), None)
-            found.append(self._value(features).squeeze(-1).cpu().numpy())
-        values: FloatArray = np.concatenate(found)
-        return values
+            values.append(self._value(features).squeeze(-1).cpu().numpy())
+            earlier = part[part < rollout.earlier]
+            if len(earlier):
+                drawn = self._tensor(rollout.extras[earlier, : self._action_dim])
+                gaussian = self._policy.distribution(features[: len(earlier)])
+                densities[earlier] = log_density(drawn, gaussian).cpu().numpy()
+        return np.concatenate(values), densities
 
     def _reward_scale(self, rollout: Rollout) -> float:
-        """One over the spread of all discounted returns so far, these included."""
-        running, returns = 0.0, np.zeros(len(rollout.rewards))
-        for t, (reward, end) in enumerate(zip(rollout.rewards.tolist(), rollout.ends.tolist(), strict=True)):
+        """One over the spread of all discounted returns so far, the newest included."""
+        rewards, ends = rollout.rewards[rollout.earlier :], rollout.ends[rollout.earlier :]
+        running, returns = 0.0, np.zeros(len(rewards))
+        for t, (reward, end) in enumerate(zip(rewards.tolist(), ends.tolist(), strict=True)):
             running = returns[t] = reward + self._settings.gamma * running
             running = 0.0 if end else running
         count, mean, squares = self._returns.tolist()
@@ -369,7 +392,7 @@ class PpoLearner:
 
     def metrics(self) -> dict[str, float]:
         """policy_loss, value_loss, entropy, kl and clipped, means over the newest update; explained_variance before
-        it, and its epochs. Empty before the first."""
+        it, its epochs, and the mean trust in its steps, 1 without earlier ones. Empty before the first."""
         return dict(self._newest)
 
     def policy(self) -> PpoPolicy:
@@ -429,7 +452,7 @@ class PpoAlgorithm:
 
     def needs(self, spec: TaskSpec, settings: PpoSettings) -> Needs:
         return Needs(
-            memory=Rollouts(steps=settings.rollout_steps),
+            memory=Rollouts(steps=settings.rollout_steps, earlier_steps=settings.reuse_steps),
             window=make_window(spec, settings),
             extras=spec.action_dim + 1,
             precision="float32",  # rounded weights give other densities than the learner's, and so other ratios

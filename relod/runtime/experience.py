@@ -212,12 +212,14 @@ def check_room(plan: LearnerPlan) -> None:
     """
     settings, layout = plan.settings, _layout(plan)
     memory = plan.algorithm.needs(plan.spec, settings.agent).memory
-    if isinstance(memory, Rollouts) and layout.capacity < (least := memory.steps + plan.spec.max_steps):
-        raise SettingsError(
-            f"replay.capacity = {layout.capacity} has no room for a rollout of {memory.steps} steps and the episode in"
-            " which it becomes full",
-            f"set it to {least} at least",
-        )
+    if isinstance(memory, Rollouts):
+        steps = memory.steps + memory.earlier_steps
+        if layout.capacity < (least := steps + plan.spec.max_steps):
+            raise SettingsError(
+                f"replay.capacity = {layout.capacity} has no room for the {steps} steps of an update and the episode in"
+                " which a rollout becomes full",
+                f"set it to {least} at least",
+            )
     try:
         check_replay(layout.nbytes, layout.capacity, settings.replay)
     except SettingsError as error:

@@ -1,4 +1,4 @@
-"""Rollouts out of the replay's memory: whole episodes of one policy, in order, each learned from once.
+"""Rollouts out of the replay's memory: whole episodes of one policy, in order, and of those before it if wanted.
 
 The same table and news as for the sampler of minibatches; only what is done with them differs.
 """
@@ -20,19 +20,24 @@ Version = tuple[int, int]  # of a policy: epoch, updates
 
 
 class RolloutReader:
-    """Keeps the transitions that were not learned from yet; fed by `apply`. The table's lookahead is 1."""
+    """Keeps the transitions of the newest policy and, for at most so many, of earlier ones; fed by `apply`.
 
-    def __init__(self, table: ReplayTable) -> None:
+    The table's lookahead is 1.
+    """
+
+    def __init__(self, table: ReplayTable, earlier_steps: int = 0) -> None:
         self.env_steps = 0
+        self._earlier_steps = earlier_steps
         self._table, self._layout = table, table.layout
         self._rows = table.rows.reshape(-1)
         self._generations = np.zeros(self._layout.chunks, np.uint64)
         self._since: int | None = None  # an epoch from which on the newest policy has acted under other versions
         self._counted: tuple[Version, int] | None = None  # what `ready` said last, while nothing has come since
         self._waiting: list[int] = []  # chunk * rows + row, in the order of the news
+        self._earlier: list[int] = []  # likewise, of earlier policies
 
     def __len__(self) -> int:
-        """Transitions that wait."""
+        """Transitions of the newest policy, as far as is known."""
         return len(self._waiting)
 
     def apply(self, data: bytes) -> None:
@@ -41,7 +46,8 @@ class RolloutReader:
             self.env_steps = max(self.env_steps, news.env_steps)
             if news.generation > self._generations[news.chunk]:
                 self._generations[news.chunk] = news.generation
-                self._waiting = [row for row in self._waiting if row // self._layout.rows != news.chunk]
+                self._waiting = self._outside(news.chunk, self._waiting)
+                self._earlier = self._outside(news.chunk, self._earlier)
                 self._counted = None
             first = news.chunk * self._layout.rows
             self._waiting.extend(range(first + news.start, first + news.stop))
@@ -53,22 +59,25 @@ class RolloutReader:
         self._since, self._counted = epoch, None
 
     def ready(self, version: Version) -> int:
-        """Steps of whole episodes by this policy. What older ones did is forgotten."""
+        """Steps of whole episodes by this policy. All others are earlier ones' from now on."""
         if self._counted is None or self._counted[0] != version:
-            self._forget_others(version)
-            self._counted = version, len(self._whole())
+            self._part_from_others(version)
+            self._counted = version, len(self._whole(self._waiting))
         return self._counted[1]
 
     def take(self, version: Version) -> Rollout:
-        """Whole episodes by this policy, and forget them and all before; `ValueError` when there are none."""
-        self._forget_others(version)
-        order, self._since = self._whole(), None
-        if not len(order):
+        """Whole episodes by this policy, after which they are an earlier one's; `ValueError` when there are none."""
+        self._part_from_others(version)
+        newest, self._since = self._whole(self._waiting), None
+        if not len(newest):
             raise ValueError("no whole episode is there")
+        earlier = self._newest_of_earlier()
+        order = np.concatenate([earlier, newest])
         rows = self._rows[order]
         ends = rows["last"] != 0
         finals = self._rows[order[ends] + 1]
         observations = np.concatenate([order, order[ends] + 1])
+        self._pass_on(self._waiting)
         self._waiting, self._counted = [], None
         return Rollout(
             proprio=np.concatenate([rows["proprio"], finals["proprio"]]),
@@ -78,11 +87,12 @@ class RolloutReader:
             terminated=rows["terminated"] != 0,
             ends=ends,
             look=_Look(self._table, observations),
+            earlier=len(earlier),
         )
 
-    def _whole(self) -> npt.NDArray[np.int64]:
-        """Waiting rows of whole episodes, sorted by robot, episode and step."""
-        waiting = np.array(self._waiting, np.int64)
+    def _whole(self, numbers: list[int]) -> npt.NDArray[np.int64]:
+        """Those of these rows that make up whole episodes, sorted by robot, episode and step."""
+        waiting = np.array(numbers, np.int64)
         rows = self._rows[waiting]
         order = np.lexsort((rows["index"], rows["episode"], rows["stream"]))
         rows = rows[order]
@@ -93,14 +103,36 @@ class RolloutReader:
             whole[start:stop] = part["last"][-1] and part["index"][0] == 0 and part["index"][-1] == stop - start - 1
         return waiting[order[whole]]
 
-    def _forget_others(self, version: Version) -> None:
-        """Keep only what this policy did."""
+    def _newest_of_earlier(self) -> npt.NDArray[np.int64]:
+        """Rows of the newest whole episodes by earlier policies, no more than wanted, sorted like `_whole`."""
+        whole = self._whole(self._earlier)
+        came = {row: place for place, row in enumerate(self._earlier)}
+        episodes = np.split(whole, np.flatnonzero(self._rows["last"][whole]) + 1)[:-1]
+        chosen: list[int] = []
+        for episode in sorted(episodes, key=lambda episode: came[int(episode[-1])], reverse=True):
+            if len(chosen) + len(episode) > self._earlier_steps:
+                break
+            chosen += episode.tolist()
+        return whole[np.isin(whole, chosen)]
+
+    def _outside(self, chunk: int, numbers: list[int]) -> list[int]:
+        return [row for row in numbers if row // self._layout.rows != chunk]
+
+    def _pass_on(self, numbers: list[int]) -> None:
+        """They are an earlier policy's from now on; random actions are none's."""
+        if self._earlier_steps:
+            epochs = self._rows["epoch"][np.array(numbers, np.int64)].tolist()
+            self._earlier += [row for row, epoch in zip(numbers, epochs, strict=True) if epoch]
+
+    def _part_from_others(self, version: Version) -> None:
+        """Keep as the newest policy's only what this one did."""
         epoch, updates = version
         rows = self._rows[np.array(self._waiting, np.int64)]
         ours = (rows["epoch"] == epoch) & (rows["updates"] == updates)
         if self._since is not None:
             ours |= (rows["epoch"] >= self._since) & (rows["epoch"] < epoch) & (rows["updates"] == updates)
         if not ours.all():
+            self._pass_on([row for row, kept in zip(self._waiting, ours.tolist(), strict=True) if not kept])
             self._waiting = [row for row, kept in zip(self._waiting, ours.tolist(), strict=True) if kept]
 
 

@@ -192,5 +192,5 @@ def open_source(
 ) -> Source:
     """Of what the algorithm needs; `threads` and `staged` as `ReplaySampler` has them."""
     if isinstance(needs.memory, Rollouts):
-        return RolloutSource(RolloutReader(table), needs.memory)
+        return RolloutSource(RolloutReader(table, needs.memory.earlier_steps), needs.memory)
     return MinibatchSource(ReplaySampler(table, threads=threads, staged=staged), needs.memory, needs.window, settings)

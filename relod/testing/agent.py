@@ -263,7 +263,7 @@ class AgentContract:
         raise AssertionError("never reached")
 
     def _teach(self, learner: Learner, source: Source, updates: int) -> None:
-        """Updates from a source: all of them for minibatches, one for a rollout, which is learned from once."""
+        """Updates from a source: all of them for minibatches, one for rollouts, as the new policy has not acted yet."""
         rng = np.random.default_rng(5)
         for _ in range(1 if source.between_episodes else updates):
             learner.update(source.draw(VERSION, rng))

@@ -16,4 +16,4 @@ class TestSac(AgentContract):
 
 class TestPpo(AgentContract):
     algorithm = "ppo"
-    small: ClassVar = {**NETWORK, "rollout_steps": 60, "minibatch": 16, "epochs": 2}
+    small: ClassVar = {**NETWORK, "rollout_steps": 60, "reuse_steps": 120, "minibatch": 16, "epochs": 2}

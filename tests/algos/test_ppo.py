@@ -60,8 +60,10 @@ class Scene:
         return np.stack([p[:, y : y + HW[0], x : x + HW[1]] for p, (y, x) in zip(padded, places, strict=True)])
 
 
-def make_rollout(learner: PpoLearner, lengths: tuple[int, ...], *, reward=None, seed: int = 0) -> Rollout:
-    """Episodes of these lengths, acted by the learner's policy."""
+def make_rollout(
+    learner: PpoLearner, lengths: tuple[int, ...], *, earlier: int = 0, reward=None, seed: int = 0
+) -> Rollout:
+    """Episodes of these lengths, acted by the learner's policy, the first so many with other densities."""
     steps = sum(lengths)
     scene = Scene(steps + len(lengths), seed)
     rng = np.random.default_rng(seed + 1)
@@ -72,7 +74,10 @@ def make_rollout(learner: PpoLearner, lengths: tuple[int, ...], *, reward=None, 
     rewards = rng.standard_normal(steps) if reward is None else reward(scene.proprio[:steps], actions)
     ends = np.zeros(steps, bool)
     ends[np.cumsum(lengths) - 1] = True
+    early = sum(lengths[:earlier])
+    extras[:early, -1] += rng.uniform(-1, 1, early)
     return Rollout(
+        earlier=early,
         proprio=scene.proprio,
         actions=actions,
         extras=extras,
@@ -86,7 +91,7 @@ def make_rollout(learner: PpoLearner, lengths: tuple[int, ...], *, reward=None, 
 # -- advantages --------------------------------------------------------------------------------------------------------
 
 
-def slow_advantages(rewards, values, lengths, terminated, gamma, lam):
+def slow_advantages(rewards, values, lengths, terminated, trust, gamma, lam):
     """By the definition: an exponentially weighted sum of n-step advantages' one-step errors, episode by episode."""
     found, start = [], 0
     for number, length in enumerate(lengths):
@@ -94,7 +99,10 @@ def slow_advantages(rewards, values, lengths, terminated, gamma, lam):
         if terminated[start + length - 1]:
             own[-1] = 0.0
         errors = [rewards[start + t] + gamma * own[t + 1] - own[t] for t in range(length)]
-        found += [sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, length)) for t in range(length)]
+        own_trust = trust[start : start + length]
+        for t in range(length):
+            terms = [(gamma * lam) ** (k - t) * np.prod(own_trust[t + 1 : k + 1]) * errors[k] for k in range(t, length)]
+            found.append(sum(terms))
         start += length
     return np.array(found)
 
@@ -112,6 +120,7 @@ def test_advantages_are_those_of_the_definition(lengths, seed, gamma, lam):
     ends[np.cumsum(lengths) - 1] = True
     terminated = ends & (rng.random(steps) < 0.5)
     rewards, values = rng.standard_normal(steps), rng.standard_normal(steps + len(lengths))
+    trust = np.where(rng.random(steps) < 0.5, 1.0, rng.random(steps))
     rollout = Rollout(
         proprio=np.zeros((steps + len(lengths), 1), np.float32),
         actions=np.zeros((steps, 1), np.float32),
@@ -121,8 +130,10 @@ def test_advantages_are_those_of_the_definition(lengths, seed, gamma, lam):
         ends=ends,
         look=lambda observations, corners=None: None,
     )
-    found = advantages(rewards, values, rollout.successors(), terminated, ends, gamma=gamma, gae_lambda=lam)
-    assert found == pytest.approx(slow_advantages(rewards, values, lengths, terminated, gamma, lam), abs=1e-4)
+    found = advantages(
+        rewards, values, rollout.successors(), terminated, ends, trust=trust, gamma=gamma, gae_lambda=lam
+    )
+    assert found == pytest.approx(slow_advantages(rewards, values, lengths, terminated, trust, gamma, lam), abs=1e-4)
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -182,21 +193,27 @@ def reference_gradient(learner: PpoLearner, rollout: Rollout, settings: PpoSetti
 
     with torch.no_grad():
         values = value(features(len(rollout.proprio))).squeeze(-1).numpy()
-    lengths = np.diff([-1, *np.flatnonzero(rollout.ends)])
-    gains = slow_advantages(rollout.rewards, values, lengths, rollout.terminated, settings.gamma, settings.gae_lambda)
-    targets = torch.from_numpy(gains + values[:steps])
-    gains = torch.from_numpy((gains - gains.mean()) / gains.std())
     seen = features(steps)
     mean, log_std = policy.distribution(seen)
-    drawn, old = torch.from_numpy(rollout.extras[:, :2]).double(), torch.from_numpy(rollout.extras[:, 2]).double()
-    ratio = (torch.distributions.Normal(mean, log_std.exp()).log_prob(drawn).sum(-1) - old).exp()
-    surrogate = torch.minimum(ratio * gains, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gains)
+    drawn, said = torch.from_numpy(rollout.extras[:, :2]).double(), torch.from_numpy(rollout.extras[:, 2]).double()
+    density = torch.distributions.Normal(mean, log_std.exp()).log_prob(drawn).sum(-1)
+    mine = torch.arange(steps) >= rollout.earlier
+    trust = torch.where(mine, 1.0, (density - said).exp().clamp(max=1)).detach()
+    lengths = np.diff([-1, *np.flatnonzero(rollout.ends)])
+    gains = slow_advantages(
+        rollout.rewards, values, lengths, rollout.terminated, trust.numpy(), settings.gamma, settings.gae_lambda
+    )
+    targets = trust * torch.from_numpy(gains) + torch.from_numpy(values[:steps])
+    gains = torch.from_numpy((gains - gains.mean()) / gains.std())
+    ratio = (density - torch.where(mine, said, density.detach())).exp()
+    surrogate = trust * torch.minimum(ratio * gains, ratio.clamp(1 - settings.clip, 1 + settings.clip) * gains)
     loss = -surrogate.mean() + settings.value_weight * 0.5 * (value(seen).squeeze(-1) - targets).square().mean()
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
 
-def test_the_gradient_is_that_of_the_loss_written_down_once_more():
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_the_gradient_is_that_of_the_loss_written_down_once_more(earlier):
     settings = make_settings(
         minibatch=100,
         epochs=1,
@@ -207,7 +224,7 @@ def test_the_gradient_is_that_of_the_loss_written_down_once_more():
         last_scale=1.0,
     )
     learner, twin = make_learner(settings), make_learner(settings)
-    rollout = make_rollout(learner, (5, 9, 3))
+    rollout = make_rollout(learner, (5, 9, 3), earlier=earlier)
     learner._optimizer.step = lambda: None  # leave the weights; the gradients stay
     learner.update(rollout)
     found = {name: parameter.grad for name, parameter in learner.policy().named_parameters()}
@@ -227,6 +244,17 @@ def test_before_anything_is_learned_the_ratio_is_one():
     augmented = make_learner(make_settings(epochs=1, minibatch=100, last_scale=1.0, augment_ratio=True))
     augmented.update(make_rollout(augmented, (20, 12)))
     assert augmented.metrics()["kl"] > 1e-5
+
+
+def test_earlier_steps_count_as_far_as_the_policy_would_do_them():
+    learner = make_learner(make_settings(epochs=1, minibatch=100, last_scale=1.0))
+    learner.update(make_rollout(learner, (20, 12)))
+    assert learner.metrics()["trust"] == 1
+    rollout = make_rollout(learner, (20, 12), earlier=1)
+    rollout.extras[:20, -1] += 50  # they were as good as certain then, and are not now
+    learner.update(rollout)
+    assert learner.metrics()["trust"] == pytest.approx(12 / 32)
+    assert learner.metrics()["kl"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_epochs_end_when_the_policy_has_moved_enough():
@@ -280,6 +308,9 @@ def test_rewards_are_scaled_by_the_spread_of_all_returns():
             returns.append(running := reward + 0.5 * running)
             running = 0.0 if end else running
         assert scale == pytest.approx(1 / np.std(returns), rel=1e-5)
+    before = learner._returns.tolist()
+    learner._reward_scale(make_rollout(learner, (3, 2), earlier=1, seed=3))
+    assert learner._returns[0] == before[0] + 2, "an earlier policy's were counted when they were new"
 
 
 # -- state -------------------------------------------------------------------------------------------------------------

@@ -110,5 +110,5 @@ def test_a_worker_that_starts_again_has_the_same_rollout(tmp_path):
 
 def test_a_rollout_that_does_not_fit_into_the_replay_is_refused(tmp_path):
     plan = resolve(small_request(tmp_path, "replay.capacity=512", "agent.rollout_steps=500", algorithm="ppo")).learner
-    with pytest.raises(SettingsError, match=r"replay.capacity = 512 has no room for a rollout of 500 steps.* 544"):
+    with pytest.raises(SettingsError, match=r"replay.capacity = 512 has no room for the 660 steps of an update.* 704"):
         check_room(plan)

@@ -29,9 +29,9 @@ LAYOUT = ReplayLayout(
 class Bench:
     """A writer and a reader of one table. An observation's value is in its vector and in its newest frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier_steps: int = 0) -> None:
         table = ReplayTable(LAYOUT)
-        self.writer, self.reader = ReplayWriter(table), RolloutReader(table)
+        self.writer, self.reader = ReplayWriter(table), RolloutReader(table, earlier_steps)
         self.value = 0
 
     def images(self, *values: int) -> dict[int, np.ndarray]:
@@ -79,8 +79,9 @@ class Bench:
         self.reader.apply(self.writer.close_episode(over, self.images(self.value - 1, self.value), stream))
         return told
 
-    def take(self, version: tuple[int, int]) -> list:
+    def take(self, version: tuple[int, int], *, earlier: int = 0) -> list:
         rollout = self.reader.take(version)
+        assert rollout.earlier == earlier
         steps = len(rollout.rewards)
         values = rollout.proprio[:, 0].astype(int).tolist()
         seen = rollout.look(np.arange(len(values)))
@@ -166,12 +167,53 @@ def test_a_policy_that_goes_on_under_a_new_epoch_goes_on_with_its_rollout():
     assert bench.reader.ready((4, 6)) == 0  # only the rollout in which the run went on
 
 
+def test_the_newest_whole_episodes_of_earlier_policies_come_first():
+    bench = Bench(earlier_steps=10)
+    bench.episode(0, 4, (0, 0))  # random actions
+    bench.episode(1, 6, (1, 0))
+    first = bench.episode(2, 4, (1, 0))
+    bench.take((1, 0))
+    bench.episode(3, 3, (1, 1), end="cut")
+    second = bench.episode(4, 5, (1, 1))
+    third = bench.episode(5, 5, (1, 2))
+    assert bench.take((1, 2), earlier=9) == [*first, *second, *third]  # with the first one there would be 15
+    fourth = bench.episode(6, 11, (1, 3))
+    assert bench.take((1, 3), earlier=10) == [*second, *third, *fourth]
+    fifth = bench.episode(7, 2, (1, 4))
+    assert bench.take((1, 4)) == fifth  # the newest of the earlier ones is too long
+
+
+def test_a_reader_that_begins_later_gives_the_same_earlier_steps():
+    bench = Bench(earlier_steps=12)
+    news = []
+    apply = bench.reader.apply
+    bench.reader.apply = lambda data: (news.append(data), apply(data))
+    for updates in range(4):
+        bench.episode(2 * updates, 4, (1, updates))
+        bench.episode(2 * updates + 1, 3, (1, updates))
+        assert bench.reader.ready((1, updates)) == 7
+        bench.take((1, updates), earlier=(0, 7, 10, 10)[updates])
+    told = bench.episode(8, 3, (1, 4))
+    late = RolloutReader(bench.reader._table, 12)
+    for data in news:
+        late.apply(data)
+    mine, others = bench.reader.take((1, 4)), late.take((1, 4))
+    assert mine.proprio.tolist() == others.proprio.tolist()
+    assert mine.earlier == others.earlier == 10
+    assert [value for value, *_ in told] == mine.proprio[10:13, 0].astype(int).tolist()
+
+
 def test_what_is_overwritten_is_forgotten():
     bench = Bench()
     for episode in range(40):
         bench.episode(episode, 5, (1, 0))
     assert LAYOUT.capacity <= bench.reader.ready((1, 0)) < LAYOUT.capacity + 3 * LAYOUT.chunk_steps
     assert len(bench.take((1, 0))) >= LAYOUT.capacity - 5
+    bench = Bench(earlier_steps=40)
+    for updates in range(100):
+        bench.episode(updates, 5, (1, updates))
+        bench.take((1, updates), earlier=min(40, 5 * updates))
+    assert len(bench.reader._earlier) < LAYOUT.capacity + 3 * LAYOUT.chunk_steps
 
 
 EPISODES = st.lists(
