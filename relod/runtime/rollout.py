@@ -77,7 +77,7 @@ class RolloutReader:
         ends = rows["last"] != 0
         finals = self._rows[order[ends] + 1]
         observations = np.concatenate([order, order[ends] + 1])
-        self._pass_on(self._waiting)
+        self._pass_on(np.array(self._waiting, np.int64))
         self._waiting, self._counted = [], None
         return Rollout(
             proprio=np.concatenate([rows["proprio"], finals["proprio"]]),
@@ -118,22 +118,22 @@ class RolloutReader:
     def _outside(self, chunk: int, numbers: list[int]) -> list[int]:
         return [row for row in numbers if row // self._layout.rows != chunk]
 
-    def _pass_on(self, numbers: list[int]) -> None:
+    def _pass_on(self, numbers: npt.NDArray[np.int64]) -> None:
         """They are an earlier policy's from now on; random actions are none's."""
         if self._earlier_steps:
-            epochs = self._rows["epoch"][np.array(numbers, np.int64)].tolist()
-            self._earlier += [row for row, epoch in zip(numbers, epochs, strict=True) if epoch]
+            self._earlier += numbers[self._rows["epoch"][numbers] != 0].tolist()
 
     def _part_from_others(self, version: Version) -> None:
         """Keep as the newest policy's only what this one did."""
         epoch, updates = version
-        rows = self._rows[np.array(self._waiting, np.int64)]
+        waiting = np.array(self._waiting, np.int64)
+        rows = self._rows[waiting]
         ours = (rows["epoch"] == epoch) & (rows["updates"] == updates)
         if self._since is not None:
             ours |= (rows["epoch"] >= self._since) & (rows["epoch"] < epoch) & (rows["updates"] == updates)
         if not ours.all():
-            self._pass_on([row for row, kept in zip(self._waiting, ours.tolist(), strict=True) if not kept])
-            self._waiting = [row for row, kept in zip(self._waiting, ours.tolist(), strict=True) if kept]
+            self._pass_on(waiting[~ours])
+            self._waiting = waiting[ours].tolist()
 
 
 def _starts(rows: npt.NDArray[Any]) -> list[int]:
